@@ -13,13 +13,9 @@ _CHECKOUT = Path(__file__).resolve().parents[1]
 
 
 def load_example(name: str) -> ModuleType:
-    """Import a package or a module of `examples/`.
+    """Import a package or a module of `examples/`, such as `demo.__main__`.
 
-    Args:
-        name: such as `small_diffusion` or `demo.__main__`.
-
-    Raises:
-        UsageError: SalUn was installed without its checkout, or a library that the example needs is missing.
+    UsageError without the checkout or a library.
     """
     if not (_CHECKOUT / "examples" / "__init__.py").is_file():
         raise UsageError(

@@ -67,14 +67,7 @@ _REQUEST, _ANSWER, _STATE = "request.json", "answer.json", "state"  # files of t
 
 @dataclass(frozen=True)
 class Check:
-    """The result of one check.
-
-    Args:
-        plugin: name of the plug-in.
-        check: what it must do.
-        state: whether it does.
-        found: what was found.
-    """
+    """The result of one check: what a plug-in must do, whether it does, and what was found."""
 
     plugin: str
     check: str
@@ -85,8 +78,7 @@ class Check:
 def chosen(name: str) -> list[Offer]:
     """Return the plug-ins that a name means: of a distribution, of entry points, or one object.
 
-    Raises:
-        UsageError: no package offers the name, or the object cannot be loaded.
+    UsageError if no package offers the name, or the object cannot be loaded.
     """
     if plugins.is_reference(name):
         return [Offer(_kind_of(plugins.load("method", name)), name, name)]
@@ -105,14 +97,8 @@ def _kind_of(found: object) -> Kind:
 def check_plugins(name: str) -> list[Check]:
     """Check the plug-ins that a name means. It allows them in this process, and runs their code.
 
-    Args:
-        name: of a distribution, of a plug-in, or of an object.
-
-    Returns:
-        One result for each check, by plug-in. A plug-in that cannot be loaded or run has no further ones.
-
-    Raises:
-        UsageError: no package offers the name, or the object cannot be loaded.
+    The name is that of a distribution, a plug-in or an object; UsageError if no package offers it. A plug-in that
+    cannot be loaded or run has no further results.
     """
     plugins.allow(name)
     with _reaching() as imported:  # before the first plug-in is loaded: its module may do anything when it is imported
@@ -188,14 +174,9 @@ class _BrokenOffError(Exception):
 class _MethodRun:
     """A whole run of a method, and what it is compared with.
 
-    Args:
-        name: of the method.
-        lab: the model and its sets.
-        result: of the run.
-        passes: what the network ran, as the method's kind counts it.
-        reached: other data, connections and processes that its module reached for when it was imported, or the run.
-        before: digest of the original model.
-        inputs: copies of the sets.
+    `passes` is what the network ran, as the method's kind counts it. `reached` are other data, connections and
+    processes that its module reached for when it was imported, or the run. `before` is the digest of the original
+    model, `inputs` copies of the sets.
     """
 
     name: str
@@ -308,13 +289,7 @@ def _mask(network: nn.Module, needed: bool) -> SaliencyMask | None:  # noqa: FBT
 
 @dataclass(frozen=True)
 class _Resumed:
-    """What a process that resumed a run found.
-
-    Args:
-        epochs: that it ran.
-        digest: of the weights.
-        fault: why it could not; then there is no digest.
-    """
+    """What a process that resumed a run found; with a fault there is no digest of the weights."""
 
     epochs: list[int]
     digest: str
@@ -324,10 +299,8 @@ class _Resumed:
 def _resumed_elsewhere(name: str, folder: Path) -> _Resumed:
     """Resume a run in a new interpreter, with the module path and the number of threads of this one.
 
-    Args:
-        name: of the method.
-        folder: with the state of the run; the request and the answer lie in it, too, because the plug-in may write to
-            standard output.
+    `folder` holds the state of the run; the request and the answer lie in it, too, because the plug-in may write to
+    standard output.
     """
     request = {"name": name, "path": sys.path, "threads": torch.get_num_threads()}
     (folder / _REQUEST).write_text(json.dumps(request), "utf-8")
@@ -585,12 +558,7 @@ def _architecture(offer: Offer, imported: Sequence[_Reach]) -> list[Check]:
 
 @dataclass
 class _Cost:
-    """What a network ran.
-
-    Args:
-        forward: samples that went forward.
-        trained: samples that went backward as well.
-    """
+    """Samples that a network ran: `forward` went forward, `trained` backward as well."""
 
     forward: int = 0
     trained: int = 0
@@ -628,12 +596,9 @@ def _counted(network: nn.Module) -> Iterator[_Cost]:
 
 
 class _Reach(NamedTuple):
-    """Something that code reached for: a file, a connection, a process.
+    """Something that code reached for (a file, a connection, a process), with Python's audit event.
 
-    Args:
-        event: Python's audit event.
-        path: of a file, without symbolic links.
-        importing: whether Python's import system opened it.
+    `path` has no symbolic links; `importing` is whether Python's import system opened it.
     """
 
     event: str

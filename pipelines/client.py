@@ -49,13 +49,9 @@ _REFUSALS = {
 
 
 class RemoteError(SalunError):
-    """Kubeflow is unreachable, fails or refuses (exit 1).
+    """Kubeflow is unreachable, fails or refuses (exit 1); `status` is that of the HTTP answer.
 
-    Args:
-        what: what went wrong.
-        why: the cause.
-        remedy: what the reader can do.
-        status: of the HTTP answer; 0 without an answer, -1 where a repetition cannot help.
+    It is 0 without an answer, -1 if a repetition cannot help.
     """
 
     def __init__(self, what: str, why: str = "", remedy: str = "", *, status: int = -1) -> None:
@@ -72,15 +68,9 @@ class RemoteError(SalunError):
 class Api:
     """A Kubeflow Pipelines API that answered.
 
-    Every method that calls it raises `RemoteError` if Kubeflow is unreachable, fails or refuses, and `UsageError` if
-    it rejects the request as wrong or the token cannot be read.
-
-    Args:
-        client: of kfp.
-        host: its address.
-        ui: address of the user interface, for links; None if it is not known.
-        namespace: of the runs on a multi-user Kubeflow; None on a standalone one, which has no namespaces.
-        token_path: file of the token, if one is used.
+    Every method that calls it raises `RemoteError` if Kubeflow is unreachable, fails or refuses, and `UsageError` if it
+    rejects the request as wrong or the token cannot be read. The namespace is None on a standalone Kubeflow, which has
+    no namespaces; `ui` is None if its address is not known. `token_path` is the file of the token, if one is used.
     """
 
     client: Any
@@ -97,11 +87,7 @@ class Api:
     def call(self, act: str, function: Callable[..., Any], *args: object, **kwargs: object) -> Any:  # noqa: ANN401
         """Make a call; GET and DELETE are repeated while Kubeflow fails or cannot be reached, POST is not.
 
-        Args:
-            act: the right that the call needs, such as "list runs".
-            function: of the generated services.
-            args: its arguments.
-            kwargs: its arguments.
+        `act` is the right that the call needs, such as "list runs".
         """
         try:
             return function(*args, **kwargs, _request_timeout=TIME_LIMIT)
@@ -120,15 +106,9 @@ class Api:
             raise UsageError(what, str(error.strerror), remedy) from None
 
     def ensure(self, act: str, find: Callable[[], Any], make: Callable[..., Any]) -> tuple[Any, bool]:
-        """Find something, or make it; a lost reply does not make a second one.
+        """Find something, or make it; a lost reply does not make a second one. Also returns whether it was made now.
 
-        Args:
-            act: the right that making it needs.
-            find: returns it, or None; it always returns None for a POST that may be repeated blindly.
-            make: the call that makes it, of the generated services.
-
-        Returns:
-            The thing, and whether it was made now.
+        `act` is the right that making it needs. `find` always returns None for a POST that may be repeated blindly.
         """
         for attempt in range(1, ATTEMPTS + 1):
             if (found := find()) is not None:
@@ -144,13 +124,10 @@ class Api:
         raise AssertionError("the last attempt returns or raises")
 
     def every(self, kind: str, name: str | None = None, **scope: object) -> Iterator[Any]:
-        """Yield, page by page, everything of a kind.
+        """Yield, page by page, everything of a kind: experiments, pipelines, pipeline_versions, runs or recurring_runs.
 
-        Args:
-            kind: experiments, pipelines, pipeline_versions, runs or recurring_runs.
-            name: only what has this display name. A Kubeflow that keeps its pipelines in Kubernetes finds none of
-                them by their name, so that pipelines and versions are listed without one.
-            scope: arguments that limit, sort or divide the list, such as `experiment_id` and `page_size`.
+        A Kubeflow that keeps its pipelines in Kubernetes finds none of them by their display name, so that pipelines
+        and versions are listed without one. `scope` limits, sorts or divides the list.
         """
         service = "pipelines" if kind == "pipeline_versions" else kind
         listing = getattr(getattr(self.client, service), f"{service.removesuffix('s')}_service_list_{kind}")
@@ -207,16 +184,8 @@ class Api:
 def connect(host: str, namespace: str | None = None, token_path: str | None = None, ui: str | None = None) -> Api:
     """Connect, and find out which kind of Kubeflow answers.
 
-    Args:
-        host: address of the API, such as http://ml-pipeline.kubeflow:8888.
-        namespace: of the runs; on a multi-user Kubeflow it defaults to the pod's own.
-        token_path: file of a ServiceAccount token, which is read at each call; else the one that Kubernetes projects
-            into the pod, if there is one.
-        ui: address of the user interface; without it there are no links.
-
-    Raises:
-        UsageError: the address is missing or malformed, or a namespace is needed.
-        RemoteError: Kubeflow is unreachable or refuses.
+    On a multi-user Kubeflow the namespace defaults to the pod's own. The token's file is read at each call; by default
+    it is the one that Kubernetes projects into the pod, if there is one. Without `ui` there are no links.
     """
     _check_address(host)
     projected = kfp.client.KF_PIPELINES_SA_TOKEN_PATH

@@ -24,15 +24,9 @@ _ACCELERATORS = ("gpu_count", "accelerator")  # parameters that a cluster withou
 
 
 def compile_all() -> list[Package]:
-    """Compile every pipeline that ships.
+    """Compile every pipeline that ships, each followed by its variant for clusters without accelerators.
 
-    Returns:
-        The unlearning pipeline and the deletion sweep in many pods and in one, each followed by its variant for
-        clusters without accelerators.
-
-    Raises:
-        IntegrityError: a compiled pipeline has defects, or a default of a component is not that of the run form; all
-            are listed.
+    IntegrityError lists all defects, and each default of a component that is not that of the run form.
     """
     if faults := list(component_faults()):
         raise IntegrityError("components do not fit the run form", "; ".join(faults), "correct their signatures")
@@ -51,15 +45,7 @@ def compile_all() -> list[Package]:
 
 
 def compile_pipeline(pipeline: Any, name: str) -> Package:  # noqa: ANN401 - kfp's pipeline object
-    """Compile one pipeline.
-
-    Args:
-        pipeline: what `dsl.pipeline` returned.
-        name: of the pipeline.
-
-    Returns:
-        The compiled pipeline.
-    """
+    """Compile what `dsl.pipeline` returned."""
     with tempfile.TemporaryDirectory(prefix="salun-compile-") as folder:
         path = Path(folder) / "pipeline.yaml"
         compiler.Compiler().compile(pipeline, str(path))

@@ -25,12 +25,9 @@ _QUARTZ = re.compile(r"[LW#]")
 
 @dataclass(frozen=True)
 class Cron:
-    """A schedule in UTC.
+    """A schedule in UTC; `values` are the matching seconds, minutes, hours, days, months and weekdays.
 
-    Args:
-        text: the expression.
-        values: the seconds, minutes, hours, days, months and weekdays that match.
-        any_day: whether day or weekday is a star: then both must match, else one of them.
+    `any_day` is whether day or weekday is a star: then both must match, else one of them.
     """
 
     text: str
@@ -57,11 +54,7 @@ class Cron:
 
 
 def parse_cron(text: str) -> Cron:
-    """Read a cron expression of six fields, seconds first.
-
-    Raises:
-        UsageError: it has another number of fields, or a value that Kubeflow's scheduler refuses.
-    """
+    """Read a cron expression of six fields, seconds first; UsageError for what Kubeflow's scheduler refuses."""
     fields = text.split()
     if len(fields) != len(_FIELDS):
         near = f"did you mean '0 {text}'? " if len(fields) == len(_FIELDS) - 1 else ""

@@ -45,17 +45,10 @@ Start = Callable[[list[str], dict[str, str] | None], int]
 
 
 class Nursery:
-    """A process that forks a step each time it is asked.
+    """A process that forks a step each time it is asked, and imports `modules` once.
 
     Make it before this process starts threads or imports kfp. It ends when this process does, because the other end of
-    its socket is closed then.
-
-    Args:
-        modules: what the nursery imports.
-
-    Attributes:
-        process: its id.
-        otherwise: starts a command of any other form in a process of its own, and returns its exit code.
+    its socket is closed then. `otherwise` starts a command of any other form in a process of its own.
     """
 
     def __init__(self, modules: Sequence[str] = PRELOADED) -> None:
@@ -70,14 +63,9 @@ class Nursery:
         theirs.close()
 
     def start(self, full_command: list[str], env_vars: dict[str, str] | None = None) -> int:
-        """Run a step and copy its output to standard output. It replaces `run_local_subprocess` of kfp.
+        """Run a step and copy its output to standard output.
 
-        Args:
-            full_command: the command of the compiled component, with kfp's values in it.
-            env_vars: variables of the component.
-
-        Returns:
-            The step's exit code; 1 if a signal ended it.
+        It replaces `run_local_subprocess` of kfp. Returns the step's exit code; 1 if a signal ended it.
         """
         if tuple(full_command[:2]) != _COMMAND or len(full_command) < 4 or f"-m {EXECUTOR}" not in full_command[2]:
             return self.otherwise(full_command, env_vars)

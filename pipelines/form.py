@@ -58,11 +58,8 @@ PLACEMENT = tuple(PlacementForm.model_fields)
 def pipeline(name: str, form: type[RunForm] | None = None) -> Callable[[Callable[..., Any]], Any]:
     """Return the decorator that turns a function into a pipeline.
 
-    Args:
-        name: of the pipeline.
-        form: its run form. The function gets one argument with an attribute for each parameter, and the form's
-            defaults and descriptions go into the compiled pipeline. Without a form the function declares its
-            parameters itself.
+    The function gets one argument with an attribute for each parameter of the form, and the form's defaults and
+    descriptions go into the compiled pipeline. Without a form the function declares its parameters itself.
     """
 
     def decorate(function: Callable[..., Any]) -> Any:  # noqa: ANN401 - kfp has no types

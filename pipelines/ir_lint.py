@@ -28,16 +28,10 @@ _INSTALLER = re.compile(r"\b(pip3?|uv|conda|apt-get|apt)\b.{0,40}\binstall\b", r
 
 
 def lint(spec: Spec, platform: Spec, image: str, placement: Iterable[str] = PLACEMENT) -> list[str]:
-    """List the defects of a compiled pipeline.
+    """List the defects of a compiled pipeline, one line each, from its two documents.
 
-    Args:
-        spec: the pipeline spec, the first document of the compiled file.
-        platform: the platform spec, its second document.
-        image: the only image that an executor may name.
-        placement: parameters of the run form that must reach an executor or its pod.
-
-    Returns:
-        One line per defect.
+    `image` is the only one that an executor may name. `placement` are parameters of the run form that must reach an
+    executor or its pod.
     """
     reached = set(_reached(spec, platform, spec["root"], {name: name for name in _parameters(spec["root"])}))
     return [

@@ -95,22 +95,11 @@ def run_compiled(
     *,
     forked: bool = sys.platform == "linux",
 ) -> LocalRun:
-    """Run a compiled pipeline.
+    """Run a compiled pipeline on this machine; a failed step does not raise.
 
-    Args:
-        pipeline: the YAML file.
-        arguments: the run form.
-        folder: working folder on this machine; created if it does not exist.
-        progress: called with a line as each step starts and ends.
-        log: called with every line of the log.
-        forked: whether the steps are forks of one process, which saves each of them the imports. Only Linux has a
-            fork that is safe with the libraries which the steps import.
-
-    Returns:
-        The outcome; a failed step does not raise.
-
-    Raises:
-        UsageError: the folder is not on this machine or cannot be written, or the pipeline cannot be read.
+    `progress` gets a line as each step starts and ends, `log` every line of the log. If `forked`, the steps are forks
+    of one process, which saves each of them the imports; only Linux has a fork that is safe with the libraries which
+    the steps import.
     """
     if "://" in str(folder) or str(folder).startswith("s3:"):  # kfp.local would make a folder with that name
         raise UsageError(f"{folder} is not a folder of this machine", "a local run writes files", "give a local folder")
@@ -277,11 +266,7 @@ def _read_store(run: LocalRun, store: S3Store, line: str) -> None:
 
 
 def main() -> int:
-    """Run the pipeline that standard input describes; the log goes to standard output.
-
-    Returns:
-        0, or 1 if a step failed.
-    """
+    """Run the pipeline that standard input describes, with the log on standard output; returns 1 if a step failed."""
     given = json.load(sys.stdin)
     warnings.filterwarnings("ignore", module="kfp")  # about images and resources, which have no effect here
     nursery = Nursery() if given["forked"] else None
@@ -306,14 +291,9 @@ def main() -> int:
 def for_this_machine(text: str, run: str, environ: Mapping[str, str]) -> str:
     """Return a compiled pipeline with the changes that a run on this machine needs.
 
-    Its steps are not retried, because somebody waits for the first answer. A variable of the environment wins over
-    one that names a place in the image. No volume is mounted, so no cache of the data is kept in its folder. The id
-    of the run is unique; that of kfp.local has only eight digits.
-
-    Args:
-        text: the compiled pipeline.
-        run: id of the run.
-        environ: the environment of the steps.
+    Its steps are not retried, because somebody waits for the first answer. A variable of the environment of the steps
+    wins over one that names a place in the image. No volume is mounted, so no cache of the data is kept in its folder.
+    The id of the run is unique; that of kfp.local has only eight digits.
     """
     documents = load_documents(text.replace(_JOB_ID, run))
     spec = documents[0]

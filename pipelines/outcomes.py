@@ -13,13 +13,10 @@ from salun_core.storage.keys import run_key
 
 @dataclass(frozen=True)
 class Ending:
-    """How a run ended.
+    """How a run ended: `code` is the exit code of `submit --wait` and `status`.
 
-    Args:
-        code: the exit code of `submit --wait` and `status`.
-        error: what went wrong, in one line; empty if nothing did.
-        note: why there is no outcome, in one line; empty if there is one, or if the pipeline writes none.
-        outcome: the document in the store.
+    `error` is one line, empty without an error. `note` is why there is no outcome; it is empty if there is one, or if
+    the pipeline writes none.
     """
 
     code: int
@@ -33,9 +30,6 @@ def read_ending(result: Result) -> Ending:
 
     Kubeflow's API has no text of any step. So the outcome counts, also if Kubeflow shows the run as succeeded. Without
     an outcome Kubeflow's state decides: 0 for a run that succeeded, 1 for any other.
-
-    Args:
-        result: the state of a run that has ended.
     """
     if not result.store_uri:
         return _by_state(result, "the run has no parameter store_uri")

@@ -43,13 +43,7 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster wher
 
 @dataclass(frozen=True)
 class Package:
-    """A compiled pipeline.
-
-    Args:
-        spec: the pipeline spec.
-        platform: the platform spec, which holds the settings for Kubernetes.
-        header: the comment that lists the parameters of the run form.
-    """
+    """A compiled pipeline: pipeline spec, platform spec (settings for Kubernetes) and the comment with the run form."""
 
     spec: dict[str, Any]
     platform: dict[str, Any]
@@ -77,11 +71,10 @@ class Package:
         return digest_json([spec, self.platform])
 
     def is_in(self, document: object) -> bool:
-        """Return whether a version of Kubeflow's API has the same digest.
+        """Return whether a version of Kubeflow's API, its `pipeline_spec`, has the same digest.
 
-        Args:
-            document: the API's `pipeline_spec`: both specs by name, or the pipeline spec alone. All its numbers went
-                through a protobuf Struct, which knows no difference between 1 and 1.0.
+        That is both specs by name, or the pipeline spec alone. All its numbers went through a protobuf Struct, which
+        knows no difference between 1 and 1.0.
         """
         if not isinstance(document, dict):
             return False
@@ -127,19 +120,11 @@ def shipped() -> list[str]:
 
 
 def load_package(name: str, image: str | None = None) -> Package:
-    """Load a pipeline that ships.
+    """Load a pipeline that ships: unlearning, deletion-sweep, or one of them with -cpu, with or without the prefix.
 
-    Args:
-        name: with or without the prefix: unlearning, deletion-sweep, or one of them with -cpu.
-        image: of every step; else `SALUN_IMAGE`, else the image in the file. `SALUN_S3_SECRETS` names the Secret of
-            each step, `SALUN_FIXED_UID=no` leaves the uid of the pods to the cluster, `SALUN_SHARED_MEMORY` limits the
-            shared memory of those that compute, and `SALUN_DATA_CACHE_CLAIM` mounts a cache of the data.
-
-    Returns:
-        The package.
-
-    Raises:
-        UsageError: no such pipeline ships, its file cannot be read, or one of the variables is wrong.
+    The image of every step is by default `SALUN_IMAGE`, else the one in the file. `SALUN_S3_SECRETS` names the Secret
+    of each step, `SALUN_FIXED_UID=no` leaves the uid of the pods to the cluster, `SALUN_SHARED_MEMORY` limits the
+    shared memory of those that compute, and `SALUN_DATA_CACHE_CLAIM` mounts a cache of the data.
     """
     short = name.removeprefix(PREFIX)
     if short not in shipped():
@@ -155,17 +140,10 @@ def load_package(name: str, image: str | None = None) -> Package:
 
 
 def fit_to_cluster(package: Package, secrets: str, shared_memory: str, cache_claim: str, *, fixed_uid: bool) -> None:
-    """Change what the pods of a pipeline take from the cluster; this makes another version of the pipeline.
+    """Change what the pods of a pipeline take from the cluster, in place; this makes another version of the pipeline.
 
-    Args:
-        package: the compiled pipeline; it is changed.
-        secrets: Secrets of single steps, as `STEP=SECRET,...`; empty for the common one.
-        shared_memory: limit of /dev/shm of the steps that compute; empty for none.
-        cache_claim: PersistentVolumeClaim of the cache of the data; empty for no cache.
-        fixed_uid: whether the pods name the image's uid.
-
-    Raises:
-        UsageError: one of the values cannot be read.
+    `secrets` is `STEP=SECRET,...`, empty for the common one; `shared_memory` limits /dev/shm of the steps that compute;
+    `cache_claim` is a PersistentVolumeClaim, empty for no cache. UsageError if one of them cannot be read.
     """
     give_secrets(package.platform, read_secrets(secrets))
     if not fixed_uid:
@@ -175,11 +153,7 @@ def fit_to_cluster(package: Package, secrets: str, shared_memory: str, cache_cla
 
 
 def read_package(path: Path) -> Package:
-    """Read the file of a compiled pipeline.
-
-    Raises:
-        UsageError: it cannot be read, or it is not a compiled pipeline.
-    """
+    """Read the file of a compiled pipeline; UsageError if it is not one."""
     try:
         spec, platform = load_documents(path.read_text(encoding="utf-8"))
         _ = spec["deploymentSpec"]["executors"].values(), spec["root"]["inputDefinitions"]["parameters"]
@@ -189,14 +163,10 @@ def read_package(path: Path) -> Package:
 
 
 def native_text(package: Package, namespace: str | None = None) -> str:
-    """Return the Pipeline and the PipelineVersion for a Kubeflow that keeps its pipelines in Kubernetes.
+    """Return the text of Pipeline and PipelineVersion for a Kubeflow that keeps its pipelines in Kubernetes.
 
-    Args:
-        package: the compiled pipeline.
-        namespace: of the objects; None leaves it to `kubectl -n` or a kustomization.
-
-    Returns:
-        Both objects as the text of a file. Kubernetes refuses to change a version, so its name carries the digest.
+    Without a namespace, `kubectl -n` or a kustomization sets it. Kubernetes refuses to change a version, so its name
+    carries the digest.
     """
     place = {"namespace": namespace} if namespace else {}
     common = {"displayName": package.name, "description": package.description}
@@ -218,11 +188,7 @@ def native_text(package: Package, namespace: str | None = None) -> str:
 
 
 def drift(path: Path, text: str) -> str | None:
-    """Compare a file with the text that it should have; the version of the compiler and comments do not count.
-
-    Returns:
-        What is wrong with the file, or None.
-    """
+    """Return what is wrong with a file, or None; the version of the compiler and comments do not count."""
     if not path.is_file():
         return f"{path.name} does not exist"
     there, wanted = (

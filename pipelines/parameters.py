@@ -37,19 +37,10 @@ _TYPES: dict[str, tuple[TypeAdapter[Any], str]] = {
 def read_parameters(
     package: Package, words: Sequence[str], environ: Mapping[str, str], needed: Collection[str] | None = None
 ) -> dict[str, Any]:
-    """Read `--model-line digits --density=0.3 --dry-run` into the run form.
+    """Read `--model-line digits --density=0.3 --dry-run` into the values that were given, by the parameter's name.
 
-    Args:
-        package: the pipeline that the form belongs to.
-        words: the words of the command line that are not options of the command.
-        environ: `SALUN_STORE_URI` stands for `--store-uri`.
-        needed: the required parameters; else all that have no default.
-
-    Returns:
-        The values that were given, by the parameter's name; Kubeflow fills in the defaults.
-
-    Raises:
-        UsageError: unknown, missing or wrong values; all are listed.
+    Kubeflow fills in the defaults. `SALUN_STORE_URI` stands for `--store-uri`. By default `needed` are all parameters
+    without a default. UsageError lists all faults.
     """
     declared, faults, found = package.inputs, dict[str, str](), dict[str, Any]()
     rest = list(words)
@@ -81,17 +72,9 @@ def read_parameters(
 
 
 def read_form(package: Package, given: Mapping[str, Any]) -> RunForm:
-    """Parse the values of a run form by the models that the first step uses.
+    """Parse the values of a run form, as `read_parameters` returns them, by the models that the first step uses.
 
-    Args:
-        package: the pipeline that the form belongs to.
-        given: the values by the parameter's name, as `read_parameters` returns them.
-
-    Returns:
-        The form, with its defaults.
-
-    Raises:
-        UsageError: values out of range or of a wrong form; all are listed.
+    UsageError lists all faults.
     """
     from pipelines.form import PlacementForm
 

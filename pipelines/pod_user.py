@@ -16,14 +16,7 @@ _FIXED = ("runAsUser", "runAsGroup")
 
 
 def read_fixed_uid(text: str) -> bool:
-    """Return whether the pods name their uid.
-
-    Args:
-        text: yes or no; empty for yes.
-
-    Raises:
-        UsageError: another word.
-    """
+    """Return whether the pods name their uid: yes or no, empty for yes; UsageError for another word."""
     try:
         return _ANSWERS[text.strip().lower()]
     except KeyError:
@@ -33,11 +26,7 @@ def read_fixed_uid(text: str) -> bool:
 
 
 def leave_uid_to_cluster(platform: Mapping[str, Any]) -> None:
-    """Remove uid and gid from each pod of a platform spec; `runAsNonRoot` stays.
-
-    Args:
-        platform: the second document of a compiled pipeline; it is changed.
-    """
+    """Remove uid and gid from each pod of a platform spec, in place; `runAsNonRoot` stays."""
     for pod in platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"].values():
         for name in _FIXED:
             pod.get("securityContext", {}).pop(name, None)

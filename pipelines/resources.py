@@ -49,17 +49,10 @@ class Size(Enum):
 
 
 def configure(task: Any, form: Any, *, hours: float, size: Size = Size.LARGE, retries: int = 2) -> Any:  # noqa: ANN401 - kfp has no types
-    """Set up one task of a pipeline.
+    """Set up one task of a pipeline, by those parameters of the form that `PlacementForm` has, and return it.
 
-    Args:
-        task: what a component returns inside a pipeline.
-        form: the parameters of the pipeline; those of `PlacementForm` are used.
-        hours: after which the pod is stopped.
-        size: what the step needs.
-        retries: if its pod is lost; every step may run again from its start.
-
-    Returns:
-        The task.
+    The pod is stopped after `hours`. If it is lost it is started again, `retries` times; every step may run again from
+    its start.
     """
     task.set_caching_options(enable_caching=False)  # a hit could return a model from before the deletion
     if size is Size.SMALL:
@@ -89,27 +82,16 @@ def configure(task: Any, form: Any, *, hours: float, size: Size = Size.LARGE, re
 
 
 def retry_window(timeout: int, retries: int) -> int:
-    """Return the seconds within which all attempts of a step must begin.
+    """Return the seconds within which all attempts of a step must begin; `timeout` stops each attempt.
 
     Argo counts them from the start of the first attempt, so that a shorter window would forbid the second one. The
     pauses between them double, from half a minute.
-
-    Args:
-        timeout: seconds after which an attempt is stopped.
-        retries: attempts after the first one.
     """
     pauses = 30 * ((1 << retries) - 1)
     return (retries + 1) * timeout + pauses
 
 
 def with_signing_key(task: Any) -> Any:  # noqa: ANN401 - kfp has no types
-    """Mount the key that certificates are signed with, as a file: an environment is inherited and may be logged.
-
-    Args:
-        task: of a step that issues certificates.
-
-    Returns:
-        The task.
-    """
+    """Mount the key that certificates are signed with, as a file: an environment is inherited and may be logged."""
     kubernetes.use_secret_as_volume(task, SIGNING_SECRET, mount_path=SIGNING_FOLDER, optional=True)
     return task.set_env_variable("SALUN_SIGNING_KEY", f"{SIGNING_FOLDER}/key.pem")

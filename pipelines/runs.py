@@ -37,11 +37,7 @@ _SLOTS = {"hour": "%Y-%m-%dT%HZ", "day": "%Y-%m-%d"}
 class Job:
     """What a run does, at once or on a schedule.
 
-    Args:
-        package: the compiled pipeline.
-        parameters: the run form.
-        experiment: under which Kubeflow lists the runs.
-        account: the ServiceAccount of the pods; None leaves it to Kubeflow.
+    `account` is the ServiceAccount of its pods, None leaves it to Kubeflow.
     """
 
     package: Package
@@ -69,17 +65,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """The state of a run.
+    """The state of a run, in Kubeflow's words; `steps` are those that were reached, in the order of their start.
 
-    Args:
-        run_id: its id.
-        name: its name.
-        state: in Kubeflow's words.
-        url: its page; empty if the address of the user interface is not known.
-        namespace: of its pods.
-        store_uri: the store that its parameters name; empty if they name none.
-        steps: the state of each step that was reached, in the order of their start.
-        pending: seconds since the start of each task that waits for its pod; Kubeflow's own tasks are among them.
+    `url` and `store_uri` are empty if they are not known. `pending` is seconds since the start of each task that waits
+    for its pod; Kubeflow's own tasks are among them.
     """
 
     run_id: str
@@ -115,13 +104,10 @@ class WaitTimeoutError(SalunError):
 
 
 def register(api: Api, package: Package) -> tuple[Any, bool]:
-    """Upload a pipeline, unless a version with the same digest exists.
+    """Upload a pipeline, unless a version with the same digest exists; also returns whether it was uploaded now.
 
     A Kubeflow that keeps its pipelines in Kubernetes may have got it by `kubectl apply`. There the API shows the names
     of the objects, and no filter finds them. So the lists are read, and a version counts by its names or its digest.
-
-    Returns:
-        The version, as kfp's model, and whether it was uploaded now.
     """
     body = kfp_server_api.V2beta1Pipeline(
         display_name=package.name, description=package.description, namespace=api.namespace
@@ -146,12 +132,9 @@ def register(api: Api, package: Package) -> tuple[Any, bool]:
 
 
 def register_all(api: Api, found: list[Package]) -> list[tuple[Any, bool]]:
-    """Upload several pipelines at once, as `register`; most of the time is the server's.
+    """Upload several pipelines at once, as `register`, in order; most of the time is the server's.
 
     The generated client may be shared: urllib3's pool gives each thread a connection of its own.
-
-    Returns:
-        The results in the order of the packages.
     """
     with ThreadPoolExecutor(max(1, len(found))) as pool:
         return list(pool.map(lambda package: register(api, package), found))
@@ -180,19 +163,13 @@ def slot_of(text: str, now: datetime | None = None) -> str:
 
 
 def submit(api: Api, job: Job, slot: str = "") -> tuple[str, bool]:
-    """Submit a run, unless one with the same key is active or succeeded.
+    """Submit a run, unless one with the same key is active or succeeded; also returns whether it was created now.
 
     Two submitters that find nothing both create a run. Each one looks again after the second in which both were
     created, and the older run wins: the other submitter terminates its own before a step has started. If a submitter
     dies in between, two runs remain, and the lease of the model line lets only one of them work.
 
-    Args:
-        api: where to.
-        job: what the run does.
-        slot: distinguishes equal work, such as the hour of a sweep; empty if equal work is done only once.
-
-    Returns:
-        The id of the run, and whether it was created now; else an equal one existed.
+    `slot` distinguishes equal work, such as the hour of a sweep; it is empty if equal work is done only once.
     """
     key = digest_json([job.package.name, job.package.digest, dict(job.parameters), slot])
     name = " ".join(word for word in (job.name, slot, key[:SHORT]) if word)
@@ -234,18 +211,9 @@ def _first(api: Api, experiment_id: str, name: str) -> Any:  # noqa: ANN401 - kf
 def follow(
     api: Api, run_id: str, steps: list[str], progress: Callable[[str], None], *, timeout: float, poll: float
 ) -> Result:
-    """Wait for the end of a run, and report each change of a step's state.
+    """Wait for the end of a run, and report each change of a step's state; Kubeflow's own tasks are not reported.
 
-    Args:
-        api: where it runs.
-        run_id: of the run.
-        steps: names of the pipeline's steps; Kubeflow's own tasks are not reported.
-        progress: called with a line.
-        timeout: seconds to wait, at most.
-        poll: seconds between two looks.
-
-    Raises:
-        WaitTimeoutError: it has not ended in time.
+    Times are in seconds; WaitTimeoutError if the run has not ended in time.
     """
     deadline, known, told = time.monotonic() + timeout, dict[str, str](), set[str]()
     while True:
@@ -306,11 +274,7 @@ def _merged(details: list[Any]) -> dict[str, tuple[str, datetime | None]]:
 
 
 def latest(api: Api, experiment: str, number: int) -> list[Result]:
-    """Return the newest runs of an experiment, newest first.
-
-    Raises:
-        RemoteError: the experiment does not exist.
-    """
+    """Return the newest runs of an experiment, newest first; RemoteError if the experiment does not exist."""
     found = api.find("experiments", experiment, **api.scope)
     if found is None:
         raise RemoteError(f"experiment {experiment} does not exist", "nothing was submitted to it", "check --namespace")

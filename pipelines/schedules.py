@@ -24,13 +24,7 @@ TRIES = 3  # a schedule with a slot every minute has no quiet moment
 def cronjob_entry(cron: str, pipeline: str, words: Sequence[str]) -> dict[str, Any]:
     """Return the fields of a CronJob that submits the same: its five-field schedule and the container's arguments.
 
-    Args:
-        cron: six fields, seconds first.
-        pipeline: its name.
-        words: the parameters as on the command line.
-
-    Raises:
-        UsageError: the schedule needs seconds, which a CronJob does not have.
+    `cron` has six fields, seconds first; UsageError if it needs seconds, which a CronJob does not have.
     """
     seconds, *five = parse_cron(cron).text.split()
     if seconds != "0":
@@ -44,10 +38,11 @@ def cronjob_entry(cron: str, pipeline: str, words: Sequence[str]) -> dict[str, A
 
 
 def put_schedule(api: Api, job: Job, cron: str, progress: Callable[[str], None] = lambda line: None) -> tuple[str, str]:
-    """Create or update the recurring run of a job. A run that works is never touched.
+    """Create or update the recurring run of a job; returns its id, and created, updated or unchanged.
 
-    An update waits for a moment in which no slot of the old and of the new schedule is near. Then it creates the new
-    one, enabled, and deletes the old ones. What an interruption leaves:
+    A run that works is never touched. An update waits for a moment in which no slot of the old and of the new schedule
+    is near; `progress` gets a line before a pause. Then it creates the new one, enabled, and deletes the old ones. What
+    an interruption leaves:
 
     - before the new one exists: the old one. Nothing happened.
     - between the two: both, enabled. No slot is lost; a slot of both starts two runs, and the lease of the model line
@@ -57,18 +52,6 @@ def put_schedule(api: Api, job: Job, cron: str, progress: Callable[[str], None] 
     The same holds for a schedule with a slot every minute, which has no quiet moment: the update takes place
     nevertheless. A slot that the old one holds back because its run still works is dropped with it. If the schedule
     exists and is disabled, it is enabled, and the old ones are deleted afterwards.
-
-    Args:
-        api: where to.
-        job: what the runs do.
-        cron: when, in UTC.
-        progress: called with a line before a pause.
-
-    Returns:
-        The id, and what was done: created, updated or unchanged.
-
-    Raises:
-        UsageError: the schedule is not valid.
     """
     schedule = parse_cron(cron)
     service, fields = api.client.recurring_runs, job.fields(api)

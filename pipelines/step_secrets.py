@@ -29,16 +29,10 @@ _EXECUTOR = re.compile(r"exec-(.+?)(?:-\d+)?")
 
 
 def read_secrets(text: str) -> dict[str, str]:
-    """Read `fetch_model=salun-s3-fetcher,gate_publish=salun-s3-publisher`.
+    """Read `fetch_model=salun-s3-fetcher,gate_publish=salun-s3-publisher` into names of Secrets by step.
 
-    Args:
-        text: pairs of a step and the name of its Secret; empty for one Secret for all.
-
-    Returns:
-        Names of Secrets by step; a step that is missing takes the common one.
-
-    Raises:
-        UsageError: a malformed pair, an unknown step, a step that is given twice, or an invalid name of a Secret.
+    A step that is missing takes the common Secret. UsageError: a malformed pair, an unknown step, a step that is given
+    twice, or an invalid name.
     """
     found: dict[str, str] = {}
     for pair in filter(None, (part.strip() for part in text.split(","))):
@@ -53,12 +47,7 @@ def read_secrets(text: str) -> dict[str, str]:
 
 
 def give_secrets(platform: Mapping[str, Any], secrets: Mapping[str, str]) -> None:
-    """Set the Secret of each step in a platform spec.
-
-    Args:
-        platform: the second document of a compiled pipeline; it is changed.
-        secrets: from `read_secrets`; a step that is missing keeps its Secret.
-    """
+    """Set the Secret of each step in a platform spec, in place; a step that is missing keeps its Secret."""
     for executor, pod in platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"].items():
         name = secrets.get(step_of(executor))
         for source in pod.get("secretAsEnv", []) if name else []:
@@ -67,10 +56,6 @@ def give_secrets(platform: Mapping[str, Any], secrets: Mapping[str, str]) -> Non
 
 
 def step_of(executor: str) -> str:
-    """Return the step of an executor of a compiled pipeline, such as `conclude` of `exec-conclude-2`; empty for others.
-
-    Args:
-        executor: its key in either document.
-    """
+    """Return the step of an executor, such as `conclude` of `exec-conclude-2`; empty for other executors."""
     found = _EXECUTOR.fullmatch(executor)
     return found[1].replace("-", "_") if found else ""

@@ -29,13 +29,9 @@ _SHARE = re.compile(r"[0-9.]+ *%|0?\.[0-9]+|[0-9]+/[0-9]+")
 
 
 def read_shared_memory(text: str) -> str:
-    """Return the size limit of the shared memory.
+    """Return the size limit of the shared memory, such as 2Gi; empty for no limit of its own.
 
-    Args:
-        text: a quantity such as 2Gi; empty for no limit of its own.
-
-    Raises:
-        UsageError: it is a share of the memory, or not a quantity above zero.
+    UsageError: it is a share of the memory, or not a quantity above zero.
     """
     size = text.strip()
     if not size or _SIZE.fullmatch(size):
@@ -47,12 +43,7 @@ def read_shared_memory(text: str) -> str:
 
 
 def limit_shared_memory(platform: Mapping[str, Any], size: str) -> None:
-    """Limit the shared memory of each pod of a platform spec that has one.
-
-    Args:
-        platform: the second document of a compiled pipeline; it is changed.
-        size: from `read_shared_memory`; empty leaves the pods as they are.
-    """
+    """Limit the shared memory of each pod of a platform spec that has one, in place; an empty size changes nothing."""
     if not size:
         return
     for pod in platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"].values():
@@ -62,14 +53,7 @@ def limit_shared_memory(platform: Mapping[str, Any], size: str) -> None:
 
 
 def read_cache_claim(text: str) -> str:
-    """Return the name of the PersistentVolumeClaim that holds the cache of the data.
-
-    Args:
-        text: the name; empty for no cache.
-
-    Raises:
-        UsageError: Kubernetes allows no object of this name.
-    """
+    """Return the name of the PersistentVolumeClaim of the data cache, empty for none; UsageError if not valid."""
     name = text.strip()
     if name and not NAME.fullmatch(name):
         raise UsageError(
@@ -81,12 +65,9 @@ def read_cache_claim(text: str) -> str:
 
 
 def mount_data_cache(spec: Mapping[str, Any], platform: Mapping[str, Any], claim: str) -> None:
-    """Mount the cache into each step of a compiled pipeline that reads or purges data, and name its folder there.
+    """Mount the cache, in place, into each step of a pipeline that reads or purges data, and name its folder there.
 
-    Args:
-        spec: the first document of a compiled pipeline; it is changed.
-        platform: its second document; it is changed.
-        claim: from `read_cache_claim`; empty leaves the pods as they are.
+    An empty claim changes nothing.
     """
     if not claim:
         return

@@ -31,21 +31,9 @@ def demo_spec(data: str | None) -> DataSpec:
 def run_demo(
     work: Path, store_uri: str, spec: DataSpec, epochs: int | None, progress: Progress, show_epochs: ShowEpochs
 ) -> DemoOutcome:
-    """Train, publish, file requests, sweep twice, verify the certificates, and try to roll back.
+    """Train, publish, file requests, sweep twice, verify the certificates, and try to roll back; see `decision.passed`.
 
-    Args:
-        work: the demo's folder.
-        store_uri: of a running store.
-        spec: the data.
-        epochs: of the training; by default enough to memorise the training data.
-        progress: called with each line of progress.
-        show_epochs: shows the epochs of the training.
-
-    Returns:
-        The outcome; see `decision.passed`.
-
-    Raises:
-        SalunError: a step failed; the requests are queued again.
+    `epochs` is None for enough to memorise the training data. SalunError: a step failed; the requests are queued again.
     """
     data = load_data(with_writers(spec, work) if spec.source == "digits" and spec.metadata is None else spec)
     stage = Stage(work, store_uri, "demo", progress)
@@ -79,10 +67,6 @@ def with_writers(spec: DataSpec, folder: Path) -> DataSpec:
     """Return the digits with a table of their writers.
 
     The data set does not name its 43 writers, so the table assigns the digits to invented ones.
-
-    Args:
-        spec: the digits.
-        folder: where to write the table.
     """
     path = folder / "writers.csv"
     with path.open("w", newline="", encoding="utf-8") as file:

@@ -43,22 +43,9 @@ def diffusion_spec(kind: Kind, data: DataSpec) -> DataSpec:
 def run_diffusion_demo(
     work: Path, store_uri: str, kind: Kind, spec: DataSpec, forget: str, progress: Progress, show_epochs: ShowEpochs
 ) -> DemoOutcome:
-    """Train a judge and a diffusion model, file a request, sweep, and verify the certificate.
+    """Train a judge and a diffusion model, file a request, sweep, and verify the certificate; see `decision.passed`.
 
-    Args:
-        work: the demo's folder.
-        store_uri: of a running store.
-        kind: of the model.
-        spec: labelled images, from `diffusion_spec`.
-        forget: name of the class to forget.
-        progress: called with each line of progress.
-        show_epochs: shows the epochs of the trainings.
-
-    Returns:
-        The outcome; see `decision.passed`.
-
-    Raises:
-        SalunError: a step failed; the request is queued again.
+    SalunError: a step failed; the request is queued again.
     """
     split = load_data(spec).split
     target = ClassTarget(dataset_digest=split.dataset_digest, class_id=forget)

@@ -53,13 +53,7 @@ ShowEpochs = Callable[[str, int], AbstractContextManager[OnEpoch]]
 
 @dataclass(frozen=True)
 class Filed:
-    """One of the demo's requests.
-
-    Args:
-        target: what it names, in words.
-        state: its state at the end.
-        certificate: file of its certificate, verified with the model folder; None if it has no certificate.
-    """
+    """One of the demo's requests, with its target in words; the certificate was verified with the model folder."""
 
     target: str
     state: RequestState
@@ -70,16 +64,9 @@ class Filed:
 class DemoOutcome:
     """The outcome of a demo.
 
-    Args:
-        line: the model line.
-        parent: digest of the version that was trained.
-        version: digest of HEAD afterwards: the new version, or the parent if the gate refused.
-        evidence: the measurements.
-        decision: the gate's decision.
-        seconds: wall clock by part.
-        requests: the deletion requests by id.
-        files: report, evidence, decision and perhaps the exporter's page, by name.
-        rollback: the refusal of a rollback past the erasure; empty if nothing was erased or it was not tried.
+    `version` is the digest of HEAD afterwards: the new version, or the parent if the gate refused. `seconds` are by
+    part, `requests` by id. `rollback` is the refusal of a rollback past the erasure; empty if nothing was erased or it
+    was not tried.
     """
 
     line: str
@@ -95,22 +82,11 @@ class DemoOutcome:
 
 @contextmanager
 def demo_store(work: Path, port: int | None, fresh: bool, must_exist: bool = False) -> Iterator[str]:
-    """Run an S3 server on loopback for the duration of the block.
+    """Run an S3 server on loopback for the duration of the block, and yield the address of the store.
 
-    Its variables are set in this process, and written to `s3.env` in the folder for use in another shell.
-
-    Args:
-        work: the demo's folder.
-        port: of the server; None takes a free one.
-        fresh: begin with an empty folder; otherwise continue with its content.
-        must_exist: refuse a folder without an earlier demo.
-
-    Yields:
-        The address of the store.
-
-    Raises:
-        UsageError: the folder holds something else, or another demo runs there.
-        StoreError: the server cannot be started.
+    Its variables are set in this process, and written to `s3.env` in the folder for use in another shell. `fresh`
+    begins with an empty folder; `must_exist` refuses a folder without an earlier demo. UsageError: the folder holds
+    something else, or another demo runs there.
     """
     with _owned(work, fresh, must_exist), embedded_s3(work / "store", port=port) as server:
         variables = {**server.environ, STORE_VARIABLE: server.uri, **_keys(work / "keys")}
@@ -178,14 +154,7 @@ def _written(path: Path, variables: Mapping[str, str]) -> Iterator[None]:
 
 @dataclass
 class Stage:
-    """A demo's model line in a running store.
-
-    Args:
-        work: the demo's folder.
-        store_uri: address of the store.
-        name: of the model line, or of its first words if it is taken.
-        progress: called with each line of progress.
-    """
+    """A demo's model line in a running store; `name` is the first words of its name if that is taken."""
 
     work: Path
     store_uri: str
@@ -217,8 +186,7 @@ class Stage:
     def sweep(self, form: DeletionSweepForm, which: str, folder: Path) -> None:
         """Run the compiled pipeline, or the same steps in this process if kfp is not installed.
 
-        Raises:
-            SalunError: the sweep failed; a refusal of the gate is not a failure.
+        A refusal of the gate is not a failure.
         """
         shutil.rmtree(folder, ignore_errors=True)  # of an earlier demo
         if not has_kfp():
@@ -241,9 +209,7 @@ class Stage:
     def outcome(self, named: Mapping[str, str], seconds: Mapping[str, float]) -> DemoOutcome:
         """Collect evidence, decision and report, and verify the certificates.
 
-        Args:
-            named: the targets in words by request id.
-            seconds: wall clock by part.
+        `named` has the targets in words by request id.
         """
         files = self._collect()
         return DemoOutcome(

@@ -40,26 +40,13 @@ KINDS: dict[Kind, tuple[type[DenoiserRecipe], DiffusionEvaluation]] = {
 
 
 def resolve_recipe(kind: Kind, overrides: Mapping[str, Any] | None = None) -> DenoiserRecipe:
-    """Resolve the recipe of a kind of model.
-
-    Raises:
-        UsageError: an unknown key, or a value out of range (all faults are listed).
-    """
+    """Resolve the recipe of a kind of model; UsageError lists all faults."""
     return parse(KINDS[kind][0], dict(overrides or {}), f"recipe of {kind}")
 
 
 @dataclass(frozen=True)
 class _Training:
-    """One training: what all its parts read and write.
-
-    Args:
-        recipe: of the model.
-        data: as it was loaded.
-        images: the training images.
-        checkpoints: folder for the state after each epoch.
-        on_epoch: called after each epoch.
-        losses: of the epochs so far.
-    """
+    """One training: what all its parts read and write; `checkpoints` is the folder for the state after each epoch."""
 
     recipe: DenoiserRecipe
     data: LoadedData
@@ -95,16 +82,8 @@ def train(
 ) -> MadeDiffusion:
     """Train the small diffusion model of a recipe, and write its model folder.
 
-    Args:
-        spec: the data; their size is the model's.
-        recipe: widths and training, of either kind.
-        out: folder to write.
-        evaluation: how the model's images are evaluated; by default as `KINDS` lists.
-        checkpoints: folder for the state after each epoch, to resume from; None saves no checkpoint.
-        on_epoch: called after each epoch.
-
-    Raises:
-        DataError: the images are not square, or the U-Net cannot halve their size.
+    It resumes from checkpoints, and saves none without their folder. DataError: the images are not square, or the U-Net
+    cannot halve their size.
     """
     data = load_data(spec)
     images = data.image_set("train")

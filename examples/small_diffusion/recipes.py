@@ -98,13 +98,10 @@ class StableDiffusionRecipe(DenoiserRecipe):
 
 
 def build_ddpm(recipe: DdpmRecipe, classes: int, size: int, channels: int) -> UNet2DModel:
-    """Build the U-Net of a DDPM. Its fresh weights, like those of all networks here, use torch's global random state.
+    """Build the U-Net of a DDPM.
 
-    Args:
-        recipe: its widths.
-        classes: K; the class embedding has one more row, for the null condition.
-        size: side of the images, in pixels.
-        channels: channels of the images.
+    Its fresh weights, like those of all networks here, use torch's global random state. The class embedding has one
+    more row than classes, for the null condition; `size` is the side in pixels.
     """
     from diffusers import UNet2DModel
 
@@ -161,13 +158,7 @@ def build_autoencoder(recipe: StableDiffusionRecipe, size: int, channels: int) -
 
 
 def build_text_encoder(recipe: StableDiffusionRecipe, vocabulary: int, ends: tuple[int, int]) -> CLIPTextModel:
-    """Build a text encoder.
-
-    Args:
-        recipe: its widths.
-        vocabulary: number of tokens.
-        ends: ids of the tokens that start and end a prompt.
-    """
+    """Build a text encoder; `ends` are the ids of the tokens that start and end a prompt."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     config = CLIPTextConfig(
@@ -204,9 +195,7 @@ def build_scheduler(recipe: DenoiserRecipe) -> DDIMScheduler:
 def build_tokenizer(prompts: Sequence[str], length: int) -> CLIPTokenizer:
     """Build a CLIP tokenizer whose vocabulary is the words of some prompts and every single byte.
 
-    Args:
-        prompts: their words become one token each; other words are split into bytes.
-        length: tokens of a prompt, start and end included.
+    `length` is the number of tokens of a prompt, start and end included.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import CLIPTokenizer

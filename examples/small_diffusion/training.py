@@ -27,11 +27,9 @@ _TEXT_RATE, _TEMPERATURE = 1e-3, 0.1  # of `train_text_encoder`
 
 
 class Averaged(nn.Module):
-    """A network in training and the moving average of its weights; a checkpoint holds both.
+    """A network in training and the moving average of its weights, which starts as a copy; a checkpoint holds both.
 
-    Args:
-        network: the network in training; the average starts as a copy of it.
-        decay: per step; 0 keeps no average.
+    `decay` is per step; 0 keeps no average.
     """
 
     def __init__(self, network: nn.Module, decay: float) -> None:
@@ -66,21 +64,11 @@ def train_denoiser(
     checkpoint: CheckpointStore | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> Denoiser:
-    """Train a denoiser in place; a share of the examples gets the null condition.
+    """Train a denoiser with fresh weights in place and return it in eval mode.
 
-    Args:
-        denoiser: with fresh weights.
-        examples: latents or pixels, with the rows of their conditions.
-        table: the conditions, with a null row.
-        recipe: settings of the training.
-        checkpoint: saves the state after each epoch; the training resumes from it.
-        on_epoch: called after each epoch.
+    A share of the examples gets the null row.
 
-    Returns:
-        The trained denoiser, in eval mode.
-
-    Raises:
-        ModelError: the loss became NaN or infinite.
+    It resumes from the checkpoint. ModelError if the loss became NaN or infinite.
 
     Source:
         Ho & Salimans, "Classifier-Free Diffusion Guidance", 2022, algorithm 1.
@@ -119,15 +107,8 @@ def train_autoencoder(
 ) -> None:
     """Train an autoencoder in place, and set its scaling factor so that scaled latents have unit variance.
 
-    The loss is the squared error plus the divergence of the latent from a unit normal, summed over the latent, per
-    pixel.
-
-    Args:
-        autoencoder: an `AutoencoderKL` with fresh weights.
-        images: uint8 [N, C, H, W].
-        recipe: settings of the training.
-        checkpoint: saves the state after each epoch; the training resumes from it.
-        on_epoch: called after each epoch.
+    images: uint8 [N, C, H, W]. The loss is the squared error plus the divergence of the latent from a unit normal,
+    summed over the latent, per pixel. The training resumes from the checkpoint.
     """
     epochs = min(recipe.epochs, recipe.autoencoder_steps)
     config = recipe.model_copy(
@@ -167,12 +148,8 @@ def train_text_encoder(encoder: nn.Module, tokens: Tensor, recipe: StableDiffusi
 
     With fresh weights, prompts that differ in one word have nearly the same embeddings, and a denoiser learns slowly
     from them. The loss is the cross-entropy of cosine similarities between the prompts' mean embeddings, as CLIP's is
-    between texts and images (Radford et al., "CLIP", ICML 2021).
-
-    Args:
-        encoder: a `CLIPTextModel` with fresh weights; in eval mode afterwards.
-        tokens: int64 [K, length]: the prompts, including the empty one.
-        recipe: number of steps.
+    between texts and images (Radford et al., "CLIP", ICML 2021). tokens: int64 [K, length], with the empty prompt. The
+    encoder is in eval mode afterwards.
     """
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=_TEXT_RATE)
     labels = torch.arange(len(tokens))

@@ -26,16 +26,9 @@ def architecture_names() -> list[str]:
 
 
 def architecture_config(name: str) -> dict[str, Any]:
-    """Return the published configuration of an architecture.
+    """Return the published configuration of an architecture: keyword arguments, and the class name as `_class_name`.
 
-    Args:
-        name: one of `architecture_names`.
-
-    Returns:
-        The keyword arguments of its class, with the class name as `_class_name`.
-
-    Raises:
-        UsageError: an unknown name (the message suggests the nearest match).
+    UsageError suggests the nearest match of an unknown name.
 
     Source:
         Stable Diffusion 1.4 and 2.1: Rombach et al., CVPR 2022. SDXL: Podell et al., ICLR 2024. The DDPM for CIFAR-10:
@@ -48,18 +41,7 @@ def architecture_config(name: str) -> dict[str, Any]:
 
 
 def build_architecture(name: str, device: torch.device | str = "meta") -> nn.Module:
-    """Build an architecture, with fresh weights on any device but meta.
-
-    Args:
-        name: one of `architecture_names`.
-        device: device of the parameters; `meta` takes neither memory nor time.
-
-    Returns:
-        The module, in eval mode.
-
-    Raises:
-        UsageError: an unknown name, or the `diffusion` extra is not installed.
-    """
+    """Build an architecture in eval mode, with fresh weights unless on meta, which takes neither memory nor time."""
     config = architecture_config(name)
     try:
         with torch.device(device):

@@ -61,14 +61,7 @@ def kept_cell(out: Path, cell: Cell) -> CellNote | None:
 def measure_cell(preparation: Preparation, cell: Cell, ready: Ready, inputs: str) -> None:
     """Measure a cell, from its mask to its evidence.
 
-    Args:
-        preparation: of the suite, with the output folder.
-        cell: the cell.
-        ready: the inputs of its seed's cells.
-        inputs: digest of everything that it depends on.
-
-    Raises:
-        SalunError: it cannot be measured; nothing of it is left.
+    `inputs` is the digest of everything that the cell depends on; if it cannot be measured, nothing of it is left.
     """
     work, target = preparation.out / "work" / cell.name, preparation.out / "cells" / cell.name
     try:
@@ -140,8 +133,7 @@ def _measured(preparation: Preparation, cell: Cell, ready: Ready, inputs: str, w
 def merged_facts(facts: Sequence[RunFacts]) -> RunFacts:
     """Merge the facts of several runs in sequence, which share no mask.
 
-    Args:
-        facts: in order; configuration and environment are the last one's, seconds, passes and history of all.
+    Configuration and environment are the last one's; seconds, passes and history those of all.
     """
     seconds = [run.seconds for run in facts]
     history = [record for run in facts for record in run.history]

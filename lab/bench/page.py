@@ -42,14 +42,11 @@ _TITLES = {"neighbours": "near classes", "UA_relearned": "UA after fine-tuning",
 
 
 def table(results: Results) -> str:
-    """Render the table: mean ± standard deviation over the seeds.
+    """Render the table of one suite and size: mean ± standard deviation over the seeds.
 
     Ratios are in percent. With retrained models, the distance to them is in parentheses: the mean over the seeds of
     each seed's own distances, so that the average gap is the mean of the parentheses. The smallest average gap is bold,
     together with the rows that are tied with it.
-
-    Args:
-        results: of one suite and size.
     """
     reference = next((row for row in results.rows if row.name == RETRAIN), None)
     gaps = results.kind == "classification" and reference is not None
@@ -87,11 +84,7 @@ def _behind(results: Results) -> dict[str, str]:
 
 
 def choices(results: Results) -> str:
-    """Render which configurations the searches chose, by row and seed; empty without a search.
-
-    Args:
-        results: of one suite and size.
-    """
+    """Render which configurations the searches chose, by row and seed; empty without a search."""
     rows = [row for row in results.rows if row.method is not None] if results.searched else []
     if not rows:
         return ""
@@ -235,11 +228,7 @@ def results_json(results: Results) -> bytes:
 
 
 def read_results(folder: Path) -> list[Results]:
-    """Read all results of suites in a folder, by name; other JSON files are skipped.
-
-    Raises:
-        UsageError: one has faults.
-    """
+    """Read all results of suites in a folder, by name; other JSON files are skipped."""
     documents = {path: read_document(path) for path in sorted(folder.glob("*.json"))}
     return [
         parse(Results, data, str(path))
@@ -256,12 +245,7 @@ def picture_name(results: Results) -> str:
 def filled(text: str, found: Sequence[Results]) -> str:
     """Return a page with each section between its markers; a missing section is appended.
 
-    Args:
-        text: the page.
-        found: the results.
-
-    Raises:
-        UsageError: a marker is not closed, or occurs twice.
+    UsageError if a marker is not closed, or occurs twice.
     """
     for results in found:
         name = f"suite:{results.suite}:{results.size}"
@@ -276,19 +260,9 @@ def filled(text: str, found: Sequence[Results]) -> str:
 
 
 def write_page(page: Path, folder: Path, check: bool = False) -> list[str]:
-    """Write the page of all results in a folder, with its pictures, or check that it is up to date.
+    """Write the page of all results in a folder, with its pictures, or check it; returns the names of the sections.
 
-    Args:
-        page: Markdown file; it is created if it does not exist.
-        folder: of the results' JSON.
-        check: write nothing.
-
-    Returns:
-        The names of the sections.
-
-    Raises:
-        ConflictError: `check`, and the page or a picture is out of date.
-        UsageError: results or markers are broken.
+    With `check`, nothing is written: ConflictError if the page or a picture is out of date.
     """
     found = {f"{results.suite}:{results.size}": results for results in read_results(folder)}
     before = page.read_text(encoding="utf-8") if page.is_file() else "# Results\n"

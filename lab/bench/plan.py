@@ -31,13 +31,7 @@ UNBOUNDED = "none"  # in suites only: a pipeline always has a policy
 
 @dataclass(frozen=True)
 class Cell:
-    """One row at one seed.
-
-    Args:
-        entry: the row.
-        seed: of draw and method.
-        plan: digest of everything that the suite specifies about this cell.
-    """
+    """One row at one seed; `plan` is the digest of everything that the suite specifies about this cell."""
 
     entry: SuiteEntry
     seed: int
@@ -58,15 +52,9 @@ class Cell:
 
 @dataclass(frozen=True)
 class SuiteRun:
-    """A suite at one size, with the rows and seeds to measure.
+    """A suite at one size, cpu or paper, with the rows and seeds to measure; an empty `only` means all rows.
 
-    Args:
-        suite: the suite.
-        size_name: cpu or paper.
-        folder: of the suite's file; its paths are relative to it.
-        data_override: data set, if it is in another place than the suite names; as `--data` takes it.
-        only: names of the rows to measure; empty means all.
-        seed_count: how many of the seeds to measure; None means all.
+    Paths of the suite are relative to `folder`, that of its file.
     """
 
     suite: Suite
@@ -93,11 +81,7 @@ class SuiteRun:
 
     @property
     def seeds(self) -> list[int]:
-        """The seeds to measure.
-
-        Raises:
-            UsageError: the suite has fewer.
-        """
+        """The seeds to measure; UsageError if the suite has fewer."""
         count, seeds = self.seed_count, self.size.seeds
         if count is not None and not 1 <= count <= len(seeds):
             raise UsageError(f"there are no {count} seeds", f"{self.suite.name} has {len(seeds)}", "give fewer")
@@ -107,8 +91,7 @@ class SuiteRun:
     def cells(self) -> list[Cell]:
         """All cells, ordered by seed, so that an interrupted run has whole tables of the first seeds.
 
-        Raises:
-            UsageError: a chosen row does not exist, or the suite has fewer seeds.
+        UsageError if a chosen row does not exist.
         """
         rows = self.size.methods
         names = {entry.slug: entry for entry in rows} | {entry.name: entry for entry in rows}
@@ -147,8 +130,7 @@ class SuiteRun:
     def cost(self, cell: Cell) -> dict[str, int | str]:
         """Return what is known of a cell's cost before it runs.
 
-        Returns:
-            By name: the budget of a search and the epochs of a trial; epochs; or steps, passes and images to generate.
+        By name: the budget of a search and the epochs of a trial; epochs; or steps, passes and images to generate.
         """
         from salun_core.methods.method import get_method, resolve_config
         from salun_core.tasks import task_named

@@ -19,14 +19,8 @@ _COLOURS = {"saliency": COLOURS["after"], "random": COLOURS["forget"], "none": C
 def plot(results: Results) -> str:
     """Draw one point per row: cost on the x axis, average gap or the other classes' loss of accuracy on the y axis.
 
-    The cost is in seconds. With a search it is in passes, which are the same on every machine: a dot at the cost of the
-    chosen run alone, a ring at its cost with the search.
-
-    Args:
-        results: of one suite and size.
-
-    Returns:
-        An SVG file.
+    Returns SVG. The cost is in seconds. With a search it is in passes, which are the same on every machine: a dot at
+    the cost of the chosen run alone, a ring at its cost with the search.
     """
     gaps = any(known(row, "gap") for row in results.rows)
     points = [(row, *point) for row in results.rows if (point := _point(row, gaps, results.searched)) is not None]

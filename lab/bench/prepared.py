@@ -60,17 +60,9 @@ _SCORING = {"selection", "saliency_passes", "saliency_times", "batch_size", "pse
 def forget_files(
     scenario: Scenario, base: Path, out: Path, seed: int, data: str | None = None
 ) -> tuple[Path, tuple[Path, ...]]:
-    """Write the forget targets.
+    """Write the forget targets; returns the file of all of them, and the files of the requests, in order.
 
-    Args:
-        scenario: of the suite.
-        base: folder of the model to unlearn from.
-        out: folder of the run.
-        seed: of the draws.
-        data: data set, if it is in another place than the model card says.
-
-    Returns:
-        The file of all targets, and the files of the requests, in order. A single request has one file.
+    A single request has one file. `seed` is that of the draws.
     """
     whole = out / f"forget-{seed}.json"
     if not isinstance(scenario, SequenceTarget):
@@ -102,15 +94,10 @@ def _write(path: Path, document: Plain | list[Plain]) -> None:
 
 
 def drawn(split: SplitManifest, fraction: float, seed: int | Sequence[int]) -> list[str]:
-    """Draw a share of the training split, at least one sample.
+    """Draw a share of the training split, at least one sample; returns sorted ids.
 
-    Args:
-        split: of the base model, or what earlier requests left of it.
-        fraction: in (0, 1).
-        seed: of the draw.
-
-    Returns:
-        Sample ids, sorted. The draw depends on the rows' content, not on their names.
+    `split` is the base model's, or what earlier requests left of it. The draw depends on the rows' content, not on
+    their names.
     """
     ids = split.ids("train")
     count = max(1, round(fraction * len(ids)))
@@ -118,16 +105,10 @@ def drawn(split: SplitManifest, fraction: float, seed: int | Sequence[int]) -> l
 
 
 def adopt_model(source: Path, folder: Path, spec: DataSpec | None, prompt: str) -> None:
-    """Make a folder the base model of a bench. Weights are linked if the file system can, else copied.
+    """Make a folder of any task, or a plain diffusers folder, the base model of a bench.
 
-    Args:
-        source: a model folder of any task, or a plain diffusers folder.
-        folder: of the base model.
-        spec: the data of a plain diffusers folder.
-        prompt: its prompt of an image of a class.
-
-    Raises:
-        UsageError: the folder does not exist.
+    Weights are linked if the file system can, else copied. `spec` and `prompt` (of an image of a class) are for a plain
+    diffusers folder.
     """
     if not source.is_dir():
         raise UsageError(
@@ -179,14 +160,10 @@ class Built(NamedTuple):
 
 @dataclass(frozen=True)
 class Ready:
-    """The inputs of a seed's cells.
+    """The inputs of a seed's cells, and digests of all of them.
 
-    Args:
-        base: folder of the model to unlearn from.
-        forget: file of all forget targets.
-        requests: the same file; of a sequence one file per request, in order.
-        reference: folder of the first retrained model, if the suite requests one.
-        inputs: digests of all of it.
+    `requests` is the file of all targets; of a sequence, one file per request, in order. `reference` is the first
+    retrained model, if the suite requests one.
     """
 
     base: Path
@@ -201,11 +178,6 @@ class Preparation:
 
     The note of an artifact is deleted before it is built and written after it, so that a killed run never leaves a note
     without its artifact. Unfinished trainings keep their checkpoints and resume, except references.
-
-    Args:
-        plan: the suite.
-        out: the folder.
-        progress: called with a line of progress.
     """
 
     def __init__(self, plan: SuiteRun, out: Path, progress: Progress) -> None:
@@ -216,11 +188,7 @@ class Preparation:
         self._sampling = plan.size.evaluation.model_dump(mode="json")
 
     def ready(self, seed: int) -> Ready:
-        """Build everything that the cells of a seed share.
-
-        Args:
-            seed: of base model, draw and reference.
-        """
+        """Build everything that the cells of a seed share: base model, draw and references."""
         classifier = self._image_classifier()
         base = self._base(seed, classifier)
         forget, requests = forget_files(self.plan.size.forget, base.folder, self.out, seed, self.plan.data_override)
@@ -237,12 +205,7 @@ class Preparation:
         return Ready(base.folder, forget, requests, reference.folder if reference else None, inputs)
 
     def mask(self, cell: Cell, ready: Ready) -> Path | None:
-        """Return the mask of a cell; cells with the same inputs of the mask share one file.
-
-        Args:
-            cell: the cell.
-            ready: the inputs of its seed's cells.
-        """
+        """Return the mask of a cell; cells with the same inputs of the mask share one file."""
         entry = cell.entry
         if entry.mask == "none" or entry.density is None:
             return None
@@ -327,7 +290,6 @@ class Preparation:
         return base
 
     def _train(self, spec: JudgeSpec | BaseModelSpec, seed: int, folder: Path, checkpoints: Path) -> None:
-        """Train a classifier."""
         data = self.plan.data
         if data is None or spec.architecture is None:
             raise UsageError("nothing to train on", "the size names no data or no architecture", "add them")
@@ -353,15 +315,10 @@ class Preparation:
         number: int = 0,
         first: Path | None = None,
     ) -> Built | None:
-        """Return a retrained model, if the suite requests one.
+        """Return a retrained model, if the suite requests one; `number` counts the references from 0.
 
-        Args:
-            base: folder of the model before.
-            forget: file of all forget targets.
-            seed: of the cells.
-            inputs: digests of what it depends on.
-            number: of the reference, from 0. Cells are evaluated against number 0.
-            first: folder of number 0; the others are evaluated against it, for the floor of the table.
+        Cells are evaluated against number 0 (`first`), and so are the other references, for the floor of the table.
+        `forget` has all targets; `inputs` are digests of what the model depends on.
         """
         overrides = self.plan.size.retrain
         if overrides is None:

@@ -137,16 +137,11 @@ def gaps_of(row: ResultRow) -> dict[int, float]:
 def best_rows(gaps: Mapping[str, Mapping[int, float]], floor: float | None) -> frozenset[str]:
     """Return the row with the smallest mean gap, and all rows that are tied with it.
 
-    A row is tied if the mean difference lies inside the floor, or if it is at most `TIE` and the paired interval
-    contains 0. A row that is further away on average is no tie, however much it varies: a method that fails at one seed
-    of three has an interval that contains 0, too.
+    Gaps and floor are in points. A row is tied if the mean difference lies inside the floor, or if it is at most `TIE`
+    and the paired interval contains 0. A row that is further away on average is no tie, however much it varies: a
+    method that fails at one seed of three has an interval that contains 0, too.
 
-    Args:
-        gaps: by row and seed, in points.
-        floor: mean gap between references, in points; None if it was not measured.
-
-    Returns:
-        Names. Empty without a floor, and if all rows are tied: marking all would say nothing.
+    Empty without a floor, and if all rows are tied: marking all would say nothing.
     """
     measured = {name: of for name, of in gaps.items() if of}
     if floor is None or not measured:
@@ -169,16 +164,10 @@ def _tied(gaps: Mapping[int, float], best: Mapping[int, float], floor: float) ->
 
 
 def difference(gaps: Mapping[int, float], best: Mapping[int, float]) -> tuple[float | None, tuple[float, float] | None]:
-    """Return the mean difference of two rows over the seeds that both have, and its 95 % interval by Student's t.
+    """Return the mean difference of two rows over the seeds that both have, in points, and its 95 % interval.
 
-    The seeds are paired: they share base, forget set and references, whose noise cancels out.
-
-    Args:
-        gaps: of a row by seed, in points.
-        best: of the row that it is compared with.
-
-    Returns:
-        Mean and interval. The mean is None without a shared seed, the interval with fewer than two.
+    The interval is Student's t. The seeds are paired: they share base, forget set and references, whose noise cancels
+    out. The mean is None without a shared seed, the interval with fewer than two.
     """
     paired = [gaps[seed] - best[seed] for seed in gaps if seed in best]
     return (
@@ -188,14 +177,9 @@ def difference(gaps: Mapping[int, float], best: Mapping[int, float]) -> tuple[fl
 
 
 def collect(plan: SuiteRun, out: Path) -> Results:
-    """Read the figures of all cells that exist.
+    """Read the figures of all cells that exist, whichever rows and seeds were chosen to be measured.
 
-    Args:
-        plan: the suite; all its rows and seeds are read, whichever were chosen to be measured.
-        out: folder of the run.
-
-    Raises:
-        UsageError: no cell was measured.
+    UsageError if no cell was measured.
     """
     whole = SuiteRun(plan.suite, plan.size_name, plan.folder, plan.data_override)
     found = [
@@ -258,12 +242,7 @@ def _gap(values: _Values, references: Sequence[_Values]) -> float | None:
     It is the mean of the distances, not the distance to the mean of the references. So a method that equals retraining
     has the floor as its expected gap, with any number of references, and figures of one reference remain comparable.
 
-    Args:
-        values: of a model, by metric.
-        references: values of each reference.
-
-    Returns:
-        A ratio, or None if there is no reference or a value is missing.
+    A ratio, or None if there is no reference or a value is missing.
     """
     gaps: list[float] = []
     for reference in references:

@@ -28,14 +28,7 @@ _OF_ONE_ROW = (UsageError, DataError, ModelError, IntegrityError, GateRefusedErr
 
 @dataclass
 class SuiteOutcome:
-    """Result of a run of a suite.
-
-    Args:
-        measured: cells that this run measured.
-        kept: cells that existed.
-        missing: cells for which the budget was too small.
-        failed: cells without figures, with the reason.
-    """
+    """Result of a run of a suite: cells measured, kept, left out by the budget, and failed (with the reason)."""
 
     measured: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
@@ -50,21 +43,9 @@ def run_suite(
     on_cell: Callable[[str], None] | None = None,
     budget_seconds: float | None = None,
 ) -> SuiteOutcome:
-    """Measure all cells of a plan that do not exist yet.
+    """Measure all cells of a plan that do not exist yet; `budget_seconds` replaces the suite's own.
 
-    Args:
-        plan: the suite.
-        out: output folder.
-        progress: called with a line of progress.
-        on_cell: called with the name of each cell that was measured.
-        budget_seconds: of this run, instead of the suite's own.
-
-    Returns:
-        What was measured, kept, and is missing.
-
-    Raises:
-        ConflictError: another run uses the folder.
-        SalunError: an artifact that the cells share could not be built.
+    ConflictError: another run uses the folder. SalunError: an artifact that the cells share could not be built.
     """
     cells, outcome = plan.cells, SuiteOutcome()
     budget = budget_seconds or plan.size.budget_seconds

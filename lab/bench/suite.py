@@ -159,11 +159,7 @@ class Suite(Document):
     sizes: dict[SizeName, Size] = Field(min_length=1, description="cpu: minutes on two cores; paper: one GPU")
 
     def size(self, name: str) -> Size:
-        """Return a size with its rows.
-
-        Raises:
-            UsageError: the suite has none of that name.
-        """
+        """Return a size with its rows. UsageError if the suite has none of that name."""
         if name not in self.sizes:
             raise unknown_name(f"size of {self.name}", name, self.sizes)
         found = self.sizes[name]
@@ -178,8 +174,7 @@ def slug(name: str) -> str:
 def find_suite(text: str, folders: Sequence[Path] = (SUITES,)) -> Path:
     """Return the file of a suite: a path, or a name that is looked up in `lab/suites`.
 
-    Raises:
-        UsageError: no suite has this name (with the nearest match).
+    UsageError suggests the nearest match.
     """
     if text.endswith((".yaml", ".yml", ".json")):
         return Path(text)
@@ -190,11 +185,7 @@ def find_suite(text: str, folders: Sequence[Path] = (SUITES,)) -> Path:
 
 
 def load_suite(path: Path) -> Suite:
-    """Read a suite and check it against the methods, recipes and controls.
-
-    Raises:
-        UsageError: it cannot be read, or has faults; all are listed.
-    """
+    """Read a suite and check it against the methods, recipes and controls. UsageError lists all faults."""
     faults: list[str] = []
     data = _with_shared_rows(read_document(path), path.parent, faults)
     try:
@@ -225,8 +216,7 @@ def _with_shared_rows(data: Any, folder: Path, faults: list[str]) -> Any:  # noq
 def diffusion_example(kind: str, settings: dict[str, Any]) -> tuple[ModuleType, Any]:
     """Return the example that trains a suite's diffusion model from scratch, and the resolved recipe.
 
-    Raises:
-        UsageError: unknown settings, or no checkout.
+    UsageError: unknown settings, or no checkout.
     """
     example = load_example(DIFFUSION_EXAMPLE)
     return example, example.resolve_recipe("ddpm" if kind == "class-conditional" else "stable-diffusion", settings)

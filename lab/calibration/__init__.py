@@ -23,12 +23,9 @@ Sort = Literal["honest", "own", "failed", "forgery"]
 
 
 class Judged(NamedTuple):
-    """One model of a population, with the evidence that the gate judges.
+    """One model of a population, such as `noise of 0.05`, and its evidence, as if it had been unlearned.
 
-    Args:
-        population: what was done, such as `retrained` or `noise of 0.05`.
-        sort: what the gate should say about it.
-        evidence: measured on it, as if it had been unlearned.
+    `sort` is what the gate should say about it.
     """
 
     population: str
@@ -38,14 +35,10 @@ class Judged(NamedTuple):
 
 @dataclass(frozen=True)
 class Cell:
-    """One kind of request.
+    """One kind of request, with the shipped policy that judges it by default.
 
-    Args:
-        name: as it is typed and printed, such as `20 samples`.
-        kind: of the forget target.
-        policy: name of the shipped policy that judges it by default.
-        models: of each population, by default.
-        measure: number of models -> all models of all populations; the same ones in every call.
+    `models` is the default number of each population; `measure` makes so many of each and returns all of all
+    populations, the same ones in every call.
     """
 
     name: str

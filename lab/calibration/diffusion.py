@@ -150,11 +150,9 @@ def _texts() -> ConditionTable:
 
 @dataclass(frozen=True)
 class Request:
-    """A model before and the digit that it has to forget.
+    """A model before and the digit that it has to forget, the last figure of its seed.
 
-    Args:
-        seed: of the model; the digit is its last figure.
-        table: conditions of the model, and rows of the digit's own among them.
+    `table` holds the conditions of the model, and rows of the digit's own among them.
     """
 
     seed: int
@@ -189,12 +187,9 @@ class Request:
         return Examples(pixels, labels + CLASSES * (torch.arange(len(labels)) % prompts))
 
     def trained(self, digits: Sequence[int], seed: int, *, renamed: bool = False) -> Denoiser:
-        """Train a model; the seed decides weights, order and batch size.
+        """Train a model on digits; the seed decides weights, order and batch size.
 
-        Args:
-            digits: that it sees.
-            seed: of everything.
-            renamed: whether the rows to forget name images of the next class, or of the anchor.
+        With `renamed`, the rows to forget name images of the next class, or of the anchor.
         """
         torch.manual_seed(seed)
         denoiser = Denoiser(DigitsDenoiser(), Process.of_scheduler(_sampler().scheduler))

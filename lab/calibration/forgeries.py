@@ -21,14 +21,7 @@ WHOLE = frozenset({"class"})
 
 
 class Forgery(NamedTuple):
-    """A population of forgeries or failed models.
-
-    Args:
-        name: of the population.
-        sort: forgery or failed.
-        kinds: of the requests that it is tried for.
-        forge: the change.
-    """
+    """A population of forgeries or failed models: the change, and the kinds of requests that it is tried for."""
 
     name: str
     sort: Sort
@@ -37,18 +30,9 @@ class Forgery(NamedTuple):
 
 
 def fit(model: nn.Module, images: ImageSource, epochs: int, rate: float, seed: int, batch: int = BATCH) -> nn.Module:
-    """Train a model in place with SGD.
+    """Train a model in place with SGD at a constant rate, and return it in eval mode.
 
-    Args:
-        model: returns logits.
-        images: all of them are held as floats at once.
-        epochs: passes over them.
-        rate: constant learning rate.
-        seed: of the order.
-        batch: images a step.
-
-    Returns:
-        The same model in eval mode.
+    All images are held as floats at once; `seed` decides their order.
     """
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=MOMENTUM, weight_decay=DECAY)
     inputs, labels = next(iter(images.batches(len(images))))

@@ -82,13 +82,9 @@ EPOCHS: Mapping[Net, int] = {dense: 40, convolutional: 30}
 
 
 class Request(NamedTuple):
-    """One model before and what it has to forget.
+    """One model before and what it has to forget; the same request has the same model in every call.
 
-    Args:
-        seed: of the model; the same request has the same one in every call.
-        before: the model that saw everything.
-        splits: D_f, D_r and unseen images.
-        outputs: of the model before, which every evaluation needs.
+    `splits` are D_f, D_r and unseen images; `outputs` are those of the model before.
     """
 
     seed: int
@@ -122,16 +118,9 @@ def _starts(net: Net, models: int) -> list[tuple[ImageSet, nn.Module]]:
 
 
 def trained(net: Net, sets: Sequence[ImageSource], seeds: Sequence[int], batch: int) -> list[nn.Module]:
-    """Train nets at once until they have memorised their images.
+    """Train nets at once until they have memorised their images, and return them in eval mode.
 
-    Args:
-        net: returns a net with fresh weights.
-        sets: images of each; a pass leaves out what does not fill a batch of the smallest set.
-        seeds: of each, for weights and orders.
-        batch: images a step.
-
-    Returns:
-        The nets in eval mode.
+    A pass leaves out what does not fill a batch of the smallest set.
     """
     nets: list[nn.Module] = []
     for seed in seeds:

@@ -55,11 +55,7 @@ class Calibration(Document):
 
 
 def chosen_cells(names: Sequence[str] = ()) -> list[Cell]:
-    """Return cells by name; all without a name.
-
-    Raises:
-        UsageError: a cell does not exist.
-    """
+    """Return cells by name, all without a name; UsageError if one does not exist."""
     known = all_cells()
     for name in names:
         if name not in known:
@@ -76,15 +72,8 @@ def calibrate(
 ) -> Calibration:
     """Make the models of cells, judge each, and count the outcomes.
 
-    Args:
-        names: of cells; all by default.
-        models: of each population; by default as many as each cell says.
-        policy: name or file of a policy that judges all cells, in place of the shipped ones.
-        workers: processes that measure cells at the same time. Their number has no influence on the result.
-        on_cell: called with the name of each cell that is done.
-
-    Raises:
-        UsageError: a cell or the policy does not exist, or one policy was given for several kinds of model.
+    `models` is the number of each population, by default as each cell says. A policy judges all cells, in place of the
+    shipped ones; UsageError if they are of several kinds of model. `workers` has no influence on the result.
     """
     cells = chosen_cells(names)
     shipped = sorted({cell.policy for cell in cells})
@@ -225,11 +214,7 @@ def missed_goals(row: Row) -> list[str]:
 
 
 def read_calibration(path: Path) -> Calibration:
-    """Read the JSON of a calibration.
-
-    Raises:
-        UsageError: the file cannot be read or has faults.
-    """
+    """Read the JSON of a calibration."""
     return load(Calibration, path)
 
 
@@ -242,8 +227,7 @@ def written(calibration: Calibration) -> bytes:
 def merged(old: Calibration, new: Calibration) -> Calibration:
     """Return an earlier calibration with the cells of a new one in place of its own, in the order of all cells.
 
-    Raises:
-        UsageError: cells that stay were judged by another version of a policy.
+    UsageError: cells that stay were judged by another version of a policy.
     """
     fresh = {row.cell for row in new.rows}
     kept = [row for row in old.rows if row.cell not in fresh]
@@ -262,11 +246,7 @@ def merged(old: Calibration, new: Calibration) -> Calibration:
 
 
 def write_page(page: Path, calibration: Calibration) -> None:
-    """Replace the table of a page; the text outside the two markers stays.
-
-    Raises:
-        UsageError: the page does not exist or lacks the markers.
-    """
+    """Replace the table of a page; the text outside the two markers stays. UsageError if the page lacks the markers."""
     text = page.read_text(encoding="utf-8") if page.is_file() else ""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)

@@ -27,8 +27,7 @@ class BenchGroup(TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401 - click's, which typer hides
         """Refuse a first word that is neither a verb nor a misspelt one, such as the name of a suite.
 
-        Raises:
-            UsageError: with the command to type.
+        UsageError names the command to type.
         """
         first = args[0] if args else "--help"
         misspelt = not first.startswith("-") and difflib.get_close_matches(first, self.commands)

@@ -114,14 +114,9 @@ def public_resnet(classes: int) -> nn.Module:
 
 @dataclass(frozen=True)
 class Net:
-    """How a net is made.
+    """How a net is made: `build` takes the number of classes; the rate is the largest, of SGD, or AdamW below 0.01.
 
-    Args:
-        data: name of its data set.
-        build: classes -> network with fresh weights.
-        epochs: of its training.
-        rate: largest learning rate; SGD, or AdamW below 0.01.
-        imported: whether it is written to a file and imported from there.
+    `imported` writes it to a file and imports it from there.
     """
 
     data: str

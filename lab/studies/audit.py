@@ -119,9 +119,7 @@ def outputs_by_set(model: nn.Module, splits: Splits) -> dict[str, Outputs]:
 def measure(cells: Sequence[str], requests: int) -> list[dict[str, object]]:
     """Return a row for each population and way: how many models had each level, and which tests failed.
 
-    Args:
-        cells: names of requests.
-        requests: of each cell.
+    Cells are names of requests, `requests` the number of each.
     """
     levels: dict[tuple[str, str, str, str], Counter[str]] = {}
     tests: dict[tuple[str, str, str, str], Counter[str]] = {}

@@ -17,11 +17,8 @@ RESULTS = Path(__file__).parents[1] / "results"
 def report(name: str, rows: Mapping[str, Any], comparisons: Sequence[Mapping[str, str]], **setting: int) -> None:
     """Print the ratios and their targets, and write everything to `lab/results/NAME.json`.
 
-    Args:
-        name: of the results.
-        rows: what was measured, by variant.
-        comparisons: `what`, `usual`, `ours`, `ratio`, `target` of each line.
-        setting: how it was measured: `rounds`, `quick`, `threads`, and the script's own.
+    Each comparison has `what`, `usual`, `ours`, `ratio` and `target`. The setting is how it was measured: `rounds`,
+    `quick`, `threads`, and the script's own.
     """
     print("\n| | usual | here | ratio | target |\n|---|---|---|---|---|")
     for item in comparisons:

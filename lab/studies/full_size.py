@@ -66,12 +66,8 @@ Precision = Literal["float32", "bf16"]
 class Part:
     """A model to take through the steps.
 
-    Args:
-        title: for the table.
-        side: of its images, in pixels.
-        config: settings of `salun`.
-        together: examples of a step that go through the network at once.
-        settings: of Adam, whose memory is predicted for the cards, by what the table calls them.
+    `side` is in pixels, `together` the examples that go through the network at once. `settings` are Adam's,
+    whose memory is predicted for the cards, by what the table calls them.
     """
 
     title: str
@@ -169,7 +165,6 @@ def _context(folder: Path) -> RunContext:
 
 
 def mask(part: str, folder: Path) -> dict[str, Any]:
-    """Compute the mask."""
     made = compute_mask(
         _context(folder), Recipe(method="salun", method_config=PARTS[part].config), folder / "mask.safetensors"
     )

@@ -78,15 +78,7 @@ MOST_ADDED = 5  # rates beyond the grid
 
 @dataclass
 class Subject:
-    """The model to unlearn from and its images, at one seed.
-
-    Args:
-        model: the original.
-        forget: D_f.
-        retain: D_r.
-        held_out: the validation split.
-        seed: of the draws.
-    """
+    """The model to unlearn from and its images, at one seed; `held_out` is the validation split."""
 
     model: nn.Module
     forget: ImageSet
@@ -172,13 +164,7 @@ def of_changes(before: nn.Module, after: nn.Module, density: float) -> SaliencyM
 
 
 def per_sample_moments(model: nn.Module, images: ImageSet, weights: Tensor) -> tuple[Scores, Scores]:
-    """Return the weighted mean and variance of the images' gradients, float64, by parameter.
-
-    Args:
-        model: is left unchanged.
-        images: N images with labels.
-        weights: of the images, float [N].
-    """
+    """Return the weighted mean and variance of the images' gradients, float64, by parameter; weights: float [N]."""
     network = copy.deepcopy(model).eval()
     parameters = {name: value.detach() for name, value in network.named_parameters()}
     buffers = dict(network.named_buffers())
@@ -230,12 +216,9 @@ def of_channels(subject: Subject, density: float) -> SaliencyMask:
 
 @dataclass(frozen=True)
 class Run:
-    """The model that one cell made.
+    """The model that one cell made, with its last mask.
 
-    Args:
-        model: θ.
-        mask: the mask, or the last one.
-        passes: images forward and backward, with those of the mask.
+    `passes` counts images forward and backward, also the mask's.
     """
 
     model: nn.Module
@@ -263,12 +246,7 @@ Kind = Callable[[Subject, float, str, float], Run]
 
 
 def fixed_mask(make: Callable[[Subject, float], SaliencyMask], cost: Callable[[Subject], int] = lambda _: 0) -> Kind:
-    """Return the kind of a mask that does not depend on the rate.
-
-    Args:
-        make: (subject, density) -> mask.
-        cost: of its scores, in passes.
-    """
+    """Return the kind of a mask that does not depend on the rate; `cost` is that of its scores, in passes."""
 
     def run(subject: Subject, density: float, method: str, rate: float) -> Run:
         mask = make(subject, density)
@@ -279,14 +257,9 @@ def fixed_mask(make: Callable[[Subject, float], SaliencyMask], cost: Callable[[S
 
 
 def after_dense_epoch(subject: Subject, density: float, method: str, rate: float, control: bool = False) -> Run:
-    """Train one epoch without a mask, and restart with the weights that changed most.
+    """Train one epoch without a mask, and restart with the weights that changed most, at the same rate.
 
-    Args:
-        subject: of the run.
-        density: of the mask.
-        method: of the training.
-        rate: of both trainings.
-        control: draw a random mask with the same density in each layer.
+    `control` draws a random mask with the same density in each layer.
     """
     dense, spent = train(subject, every(subject, 1.0), method, rate, epochs=1)
     mask = of_changes(subject.model, dense, density)
@@ -427,13 +400,7 @@ def write_digits(path: Path) -> None:
 class Part:
     """A table: masks of one density in one regime.
 
-    Args:
-        regime: name of the regime.
-        name: of the table.
-        density: of the masks.
-        rates: the grid of learning rates, ascending.
-        kinds: masks, the reference of all differences first.
-        method: of the training.
+    Rates ascend, and the first kind is the reference of all differences.
     """
 
     regime: str
@@ -476,10 +443,7 @@ PARTS: Sequence[Part] = (
 def figures(model: nn.Module, splits: Splits, classes: Sequence[int]) -> Plain:
     """Return UA, RA, TA, MIA and the attack's AUC of a model, as the bench's evidence has them.
 
-    Args:
-        model: the model.
-        splits: D_f, D_r and test images.
-        classes: those of which nothing is retained.
+    `classes` are those of which nothing is retained.
     """
     found = split_outputs(model, splits)
     test, forget = found["test"], found["forget"]
@@ -506,13 +470,7 @@ def gap(found: Mapping[str, float], references: Sequence[Mapping[str, float]]) -
 
 @dataclass
 class Seed:
-    """What the cells of one regime and seed share.
-
-    Args:
-        inputs: model, data and forget set.
-        seed: the seed.
-        references: retrained models' folders.
-    """
+    """What the cells of one regime and seed share; references are retrained models' folders."""
 
     inputs: ClassifierInputs
     seed: int
@@ -575,9 +533,6 @@ class Store:
     """Figures of all cells measured so far, in one JSON file that is replaced whole after each cell.
 
     A process that is killed while it writes leaves the file of before; it loses the one cell.
-
-    Args:
-        path: of the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -614,11 +569,7 @@ def suite_of(regime: Regime) -> tuple[Suite, Size, Path]:
 def prepared(name: str, seed: int, out: Path, data: Path | None) -> Seed:
     """Return the inputs of a regime's cells at a seed; what is missing is trained.
 
-    Args:
-        name: of the regime.
-        seed: of base, draw and references.
-        out: folder of all regimes.
-        data: folder of all data sets.
+    `out` is the folder of all regimes, `data` that of all data sets.
     """
     regime = REGIMES[name]
     suite, size, folder = suite_of(regime)
@@ -694,12 +645,7 @@ class _Lazy:
 def rates_of(part: Part, kind: str, seed: int, wanted: float, found: Mapping[str, Plain]) -> Iterator[float]:
     """Yield the rates of a mask at a seed: the grid, then others until the reference's UA lies between two.
 
-    Args:
-        part: with the grid.
-        kind: the mask.
-        seed: the seed.
-        wanted: UA of the references.
-        found: all cells; the caller measures each rate before it takes the next.
+    `wanted` is that UA. The caller adds each rate to `found` before it takes the next.
     """
     yield from part.rates
     if len(part.rates) < 2 or wanted > 0.99:  # a whole class: UA saturates at 1
@@ -746,14 +692,9 @@ class Row:
 
 
 def matched_figures(cells: Mapping[float, Plain], wanted: float) -> tuple[Plain, bool]:
-    """Return the figures where UA equals a value, linear in log(rate) between two rates.
+    """Return the figures where UA equals a value, linear in log(rate), and whether two neighbours bracket it.
 
-    Args:
-        cells: figures by rate.
-        wanted: UA.
-
-    Returns:
-        The figures, and whether two neighbouring rates bracket the value; else they are those of the nearest rate.
+    If none do, they are those of the nearest rate.
     """
     rates = sorted(cells)
     for low, high in pairwise(rates):

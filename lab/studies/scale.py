@@ -63,12 +63,7 @@ def small(num_classes: int) -> nn.Module:
 
 
 def generate(size: int, folder: Path) -> None:
-    """Write images of noise around the brightness of their class, as Parquet files of bitmaps.
-
-    Args:
-        size: number of rows.
-        folder: to create.
-    """
+    """Write images of noise around the brightness of their class, as Parquet files of bitmaps; `size` is rows."""
     import numpy as np
     import pyarrow
     import pyarrow.parquet
@@ -94,11 +89,8 @@ def generate(size: int, folder: Path) -> None:
 class Case:
     """What the processes of one case share: the addresses in the store, and the folder of their files.
 
-    Args:
-        size: number of rows.
-        forgotten: number of forgotten images, or their share.
-        run: id of the run; the model line is that of the run alone, since a run that publishes moves it.
-        work: the work folder.
+    `forgotten` is a number of images, or their share. The model line is that of the run alone, since a run that
+    publishes moves it.
     """
 
     def __init__(self, size: int, forgotten: float, run: str, work: Path) -> None:
@@ -142,7 +134,6 @@ def data(case: Case) -> None:
 
 
 def train(case: Case) -> None:
-    """Train the model."""
     from salun_core.data import DataSpec
     from salun_core.tasks.classification.training import train_model, training_config
 

@@ -49,7 +49,6 @@ class Counter:
             self.counts[LOADERS[code.co_name]] += 1
 
     def __enter__(self) -> Counter:
-        """Count calls to the store and functions from here on."""
         self._call = call = botocore.client.BaseClient._make_api_call
 
         def counted(client, operation, arguments):  # noqa: ANN001, ANN202 - of botocore
@@ -62,7 +61,6 @@ class Counter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop counting."""
         sys.setprofile(None)
         threading.setprofile(None)  # type: ignore[arg-type]
         botocore.client.BaseClient._make_api_call = self._call

@@ -188,15 +188,9 @@ def _finding(
 
 
 def examine(audited: Audited, seed: int = 0) -> list[Finding]:
-    """Run all tests that the inputs allow.
+    """Run all tests that the inputs allow; `seed` is that of resampling, forest and halves.
 
-    Args:
-        audited: outputs of the models, and perhaps the models.
-        seed: of resampling, forest and halves.
-
-    Returns:
-        The findings. Single samples and classes that were forgotten as a whole have different tests; a forget set with
-        both has both.
+    Single samples and classes that were forgotten as a whole have different tests; a forget set with both has both.
     """
     whole = np.isin(audited.after["forget"].labels, audited.emptied)
     findings = [_change(audited)]
@@ -417,14 +411,12 @@ def _relative(audited: Audited, seed: int) -> Finding:
 def klom(model: np.ndarray, oracles: np.ndarray) -> float:
     """Return the KL divergence of a model's margins from the oracles', as a mean over samples, in nats.
 
+    model: float64 [N]; oracles: float64 [R, N], R at least 2.
+
     Georgiev et al. compare histograms of many unlearned models with those of many oracles. One model has no histogram:
     both are taken as normal with the spread of the oracles, of which few share one spread over all samples.
 
         KL(N(m_i, s) || N(mu_i, s)) = (m_i - mu_i)^2 / (2 s^2)
-
-    Args:
-        model: float64 [N].
-        oracles: float64 [R, N], R at least 2.
 
     Source:
         Georgiev et al., "Attribute-to-Delete: Machine Unlearning via Datamodel Matching", ICLR 2025 (arXiv

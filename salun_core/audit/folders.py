@@ -43,12 +43,7 @@ STEPS = 20  # of relearning: a model that only hides what it knows needs fewer
 class Networks:
     """The models before and after with their images, for tests that predictions cannot make.
 
-    Args:
-        before: the original network.
-        after: the audited one, on the same device.
-        forget: D_f, in the order of its outputs.
-        retain: D_r.
-        unseen: held-out images.
+    `forget` is in the order of its outputs; `after` is on the device of `before`.
     """
 
     before: nn.Module
@@ -60,8 +55,7 @@ class Networks:
     def restored(self, rows: np.ndarray) -> Metric:
         """Return the share of samples that the last layer of the model before recognises; see `restored_metric`.
 
-        Args:
-            rows: places in D_f of the samples of classes that were forgotten as a whole.
+        `rows` are places in D_f of the samples of classes that were forgotten as a whole.
         """
         return restored_metric(
             {"before": self.before, "after": self.after}, self.forget.select(rows.tolist()), self.retain
@@ -70,12 +64,7 @@ class Networks:
     def relearned(self, rows: np.ndarray, seed: int) -> tuple[Outputs, Outputs]:
         """Train a copy of the model after on one half of some samples, as `optional_metrics.relearn` does.
 
-        Args:
-            rows: places in D_f of the samples, at least two.
-            seed: of halves and order.
-
-        Returns:
-            Its outputs on the other half, and on held-out images.
+        `rows` are at least two places in D_f. Returns the copy's outputs on the other half, and on held-out images.
         """
         learned, other = halves(self.forget.select(rows.tolist()), seed)
         learner = copy.deepcopy(self.after).requires_grad_(True).eval()
@@ -91,12 +80,7 @@ class Networks:
 
 @dataclass(frozen=True)
 class Weights:
-    """How weights that are no model folder are read; see `salun model import`.
-
-    Args:
-        arch: name of the architecture; None infers it.
-        data: spec of the data set.
-    """
+    """How weights that are no model folder are read; without `arch` it is inferred. See `salun model import`."""
 
     arch: str | None = None
     data: str | None = None
@@ -112,25 +96,12 @@ def audited_folders(
     weights: Weights = Weights(),
     device: str = "auto",
 ) -> Iterator[Audited]:
-    """Load models and images, and run all models on D_f, held-out and retained images.
+    """Load models and images, and yield the outputs of all models on D_f, held-out and retained images.
 
-    Args:
-        before: model folder, or weights, of the original model. Its card names the data, and its split what is held
-            out: the test part.
-        after: of the model that is audited.
-        forget: address of forget targets, as other commands take it, or a text file with one id a line.
-        references: of retrained models.
-        shadows: of shadow models. Which samples each was trained on is in the split of its folder.
-        weights: how weights are read, and where the data are if they are not where the card says.
-        device: auto, cpu, cuda or cuda:N.
-
-    Yields:
-        The outputs and the networks. Temporary folders are removed afterwards.
-
-    Raises:
-        UsageError: a model, the data or the forget set does not exist.
-        ModelError: the models are of different architectures or classes, or a reference was trained on D_f.
-        DataError: the forget set is empty, or a reference is another model of the audit.
+    The card of `before` names the data, and its split what is held out: the test part. The splits of the shadow models'
+    folders tell which samples each was trained on. `forget` is an address as other commands take it, or a text file
+    with one id a line. Temporary folders are removed afterwards. ModelError: architectures or classes differ, or a
+    reference was trained on D_f. DataError: the forget set is empty, or a reference is another model of the audit.
     """
     given = {"before": [before], "after": [after], "reference": list(references), "shadow": list(shadows)}
     with TemporaryDirectory(prefix="salun-audit-") as made:

@@ -34,18 +34,7 @@ BySet = Mapping[str, Outputs]
 
 @dataclass(frozen=True)
 class Audited:
-    """What is measured.
-
-    Args:
-        before: outputs of the original model.
-        after: outputs of the model that is audited.
-        references: outputs of models that were retrained without the forget set.
-        shadows: confidences of shadow models on D_f, then on unseen samples.
-        emptied: classes that were forgotten as a whole.
-        retained: number of samples that are neither forgotten nor held out.
-        networks: the models themselves, for the restoration tests; None if only predictions are known.
-        digests: role -> file -> SHA-256, of everything that was read.
-    """
+    """What is measured."""
 
     before: BySet
     after: BySet
@@ -59,13 +48,9 @@ class Audited:
 
 @dataclass(frozen=True)
 class Predictions:
-    """The rows of one file.
+    """The rows of one file, in the order of its unique ids.
 
-    Args:
-        source: the file.
-        ids: of the samples, unique.
-        outputs: in the order of the ids.
-        member: whether a shadow model was trained on each sample; None if the file does not say.
+    `member` is whether a shadow model was trained on each sample, None if the file does not contain it.
     """
 
     source: Path
@@ -80,19 +65,12 @@ def is_predictions(name: str) -> bool:
 
 
 def read_predictions(path: Path) -> Predictions:
-    """Read a file of predictions.
+    """Read a file of predictions: Parquet, CSV or npz.
 
-    Args:
-        path: Parquet or CSV with the columns `id`, `label` and either `logit_0`, `logit_1`, ... or `probability_0`,
-            ...; Parquet may also have one list column `logits` or `probabilities`. Or an npz with the arrays `id`,
-            `label` and `logits` or `probabilities`. `member` (0 or 1) is for shadow models.
-
-    Returns:
-        The rows.
-
-    Raises:
-        UsageError: the file does not exist, or has another suffix.
-        DataError: a column is missing, an id occurs twice, a label is not a class, or a value is not finite.
+    The columns are `id`, `label` and either `logit_0`, `logit_1`, ... or `probability_0`, ...; Parquet may also have
+    one list column `logits` or `probabilities`. An npz has the arrays `id`, `label` and `logits` or `probabilities`.
+    `member` (0 or 1) is for shadow models. DataError: a column is missing, an id occurs twice, a label is not a class,
+    or a value is not finite.
     """
     if not path.is_file():
         raise UsageError(f"there are no predictions {path}", "the file does not exist", "check the path")
@@ -242,18 +220,9 @@ def audited_predictions(
 ) -> Audited:
     """Read predictions of all models on the same samples.
 
-    Args:
-        before: of the original model.
-        after: of the model that is audited.
-        forget: the forget set: a text file with one id a line, or a target in YAML or JSON. A class target is all
-            samples of the class that are not held out.
-        held_out: samples that no model was trained on: a text file, or a target.
-        references: of retrained models.
-        shadows: of shadow models, with the column `member`.
-
-    Raises:
-        UsageError: a file does not exist, or no held-out samples are named.
-        DataError: a file has faults, or the files are not about the same samples and classes.
+    `forget` is a text file with one id a line, or a target in YAML or JSON; a class target is all samples of the class
+    that are not held out. `held_out` are samples that no model was trained on (UsageError without them). Shadow models
+    need the column `member`. DataError if the files are not about the same samples and classes.
     """
     if held_out is None:
         why = "without samples that no model was trained on there is nothing to compare the forget set with"
@@ -368,11 +337,7 @@ def _chosen_with_kind(path: Path, rows: Predictions, apart: set[str], name: str 
 
 
 def read_ids(path: Path) -> list[SamplesTarget | ClassTarget]:
-    """Read a text file with one id a line, or targets of samples and classes in YAML or JSON.
-
-    Raises:
-        UsageError: the file cannot be read, has faults, or names something else.
-    """
+    """Read a text file with one id a line, or targets of samples and classes in YAML or JSON; UsageError for others."""
     if path.suffix in {".yaml", ".yml", ".json"}:
         found = []
         for target in read_targets(path):
@@ -408,11 +373,7 @@ def _shadows(files: Sequence[Predictions], pool: Sequence[str]) -> Shadows:
 
 
 def checked_shadows(shadows: Shadows) -> Shadows:
-    """Check that each sample was left out by at least two shadow models.
-
-    Raises:
-        DataError: a sample was not.
-    """
+    """Check that each sample was left out by at least two shadow models; DataError if not."""
     left_out = (~shadows.inside).sum(axis=0)
     if left_out.min() < FEWEST_SHADOWS:
         count = int((left_out < FEWEST_SHADOWS).sum())

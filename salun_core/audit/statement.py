@@ -139,11 +139,7 @@ def evidence_of(
 ) -> AuditEvidence:
     """Return the evidence of an audit.
 
-    Args:
-        audited: what was measured.
-        findings: of `examine`.
-        settings: of the command, without paths.
-        signer: the auditor's key, if it will be signed.
+    `settings` are those of the command, without paths, and `signer` is who will sign it.
     """
     sizes = {name: len(outputs) for name, outputs in audited.after.items()}
     inputs = [
@@ -190,12 +186,7 @@ def file_of(evidence: AuditEvidence, signer: Ed25519PrivateKey | None = None) ->
 class VerifiedAudit:
     """An audit whose signature, contents and files were checked.
 
-    Args:
-        evidence: what it states.
-        sha256: of its file.
-        keyid: of the trusted key that signed it.
-        key_source: where that key came from.
-        files: number of files that were compared; None if none was given.
+    `keyid` is the trusted key that signed it, from `key_source`; `files` is None if no model was given to compare.
     """
 
     evidence: AuditEvidence
@@ -219,15 +210,9 @@ def is_audit(path: Path) -> bool:
 def verify_audit(path: Path, model: Path | None = None, keys: Sequence[Path] = ()) -> VerifiedAudit:
     """Verify the signature and the contents of an audit, and that it is about a model. Offline.
 
-    Args:
-        path: the audit's file.
-        model: the model after: its folder, its weights or its predictions.
-        keys: public keys of the trusted auditors; for the default see `load_trusted_keys`.
-
-    Raises:
-        UsageError: a file cannot be read, or no key is trusted.
-        IntegrityError: a byte differs, the signer is not trusted, the audit is not signed or contradicts itself, or
-            it is about another model.
+    `model` is the model after: its folder, its weights or its predictions. For the default of `keys` see
+    `load_trusted_keys`; UsageError if no key is trusted. IntegrityError: a byte differs, the signer is not trusted, or
+    the audit is not signed, contradicts itself or is about another model.
     """
     trusted = load_trusted_keys(keys, path)
     data = read_small(path, MAX_ENVELOPE_BYTES)[0]

@@ -123,9 +123,7 @@ class Root(TyperGroup):
 def _hoisted(words: Sequence[str], settings: Sequence[int]) -> list[str]:
     """Return the words with those for every verb first, unless they stand after a `--`.
 
-    Args:
-        words: of the command line.
-        settings: places of the words that name the settings file.
+    `settings` are places of the words that name the settings file.
     """
     end = words.index("--") if "--" in words else len(words)
     flags = [name for name, _ in _EVERYWHERE if name in words[:end]]

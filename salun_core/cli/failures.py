@@ -107,10 +107,9 @@ def interruptible() -> Iterator[None]:
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Report an exception of the block in one line; `--debug` adds the traceback.
+    """Report an exception of the block in one line, and exit with its code; `--debug` adds the traceback.
 
-    Raises:
-        typer.Exit: with the exit code of the error: 1, 2, 3, 4 or 5; 130 after Ctrl-C.
+    Exit codes 1, 2, 3, 4 or 5; 130 after Ctrl-C.
     """
     try:
         yield

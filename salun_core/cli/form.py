@@ -25,12 +25,7 @@ _VARIABLES = {"store_uri": "SALUN_STORE_URI"}
 
 
 def form_option(name: str, **changes: Any) -> Any:  # noqa: ANN401 - typer's OptionInfo
-    """Return the option for a field of the run form.
-
-    Args:
-        name: of the field.
-        changes: arguments of `typer.Option` that differ.
-    """
+    """Return the option for a field of the run form, with other arguments of `typer.Option` if given."""
     field = _FIELDS[name]
     settings: dict[str, Any] = {"help": field.description, "envvar": _VARIABLES.get(name)}
     if field.annotation is int:  # typer has no ranges with an open end: the form itself checks the other numbers
@@ -45,10 +40,7 @@ def with_form(form: type[RunForm], *, required: bool) -> Callable[[Callable[...,
 
     The first two arguments of the verb are options by field: those that were given on the command line or in the
     environment, and those from the settings file. `method_config` has no option: the verb reads it from `--set`.
-
-    Args:
-        form: the form.
-        required: whether the fields without a default must be given as options.
+    `required` is whether the fields without a default must be given as options.
     """
     names = [name for name in form.model_fields if name != "method_config"]
 

@@ -46,14 +46,7 @@ Version = Annotated[str, typer.Argument(metavar="LINE@VERSION", help="The versio
 
 @dataclass(frozen=True)
 class Destination:
-    """Where a new model goes.
-
-    Args:
-        out: its folder.
-        line: the model line that begins with it, if any.
-        store: the store of that line.
-        policy: the gate policy that its versions will have to pass.
-    """
+    """Where a new model goes: a folder, and perhaps the model line that it begins, with store and gate policy."""
 
     out: Path
     line: str | None
@@ -106,10 +99,8 @@ class Destination:
     def with_judge(self, evaluation: DiffusionEvaluation) -> DiffusionEvaluation:
         """Publish an image classifier that is a folder of this machine, so that pods have it; name its version.
 
-        It becomes the line `LINE-judge`. If the process dies before LINE is published, the same command finds it there.
-
-        Raises:
-            ConflictError: that line exists with another model.
+        It becomes the line `LINE-judge`; ConflictError if that line exists with another model. If the process dies
+        before LINE is published, the same command finds it there.
         """
         from salun_core.digest import sha256_file
         from salun_core.models.checkpoint import WEIGHTS

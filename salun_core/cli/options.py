@@ -48,18 +48,10 @@ def who(actor: str) -> str:
 def read_settings(
     pairs: list[str], file: Path | None = None, options: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Read settings from a file, options and KEY=VALUE pairs, each of which overrides those before it.
+    """Read settings from a file, options and KEY=VALUE pairs, each of which overrides those before it. Not validated.
 
-    Args:
-        pairs: such as `epochs=3` or `method_config.epochs=3`: dots separate sections, and values are read as YAML.
-        file: YAML or JSON with a mapping.
-        options: settings that were given as options of their own.
-
-    Returns:
-        The settings, not validated.
-
-    Raises:
-        UsageError: the file does not hold a mapping, or a pair has the wrong form.
+    Dots in a key separate sections (`method_config.epochs=3`), and values are read as YAML. UsageError if the file does
+    not hold a mapping, or a pair has the wrong form.
     """
     from salun_core.config import parse_text, read_document
     from salun_core.errors import UsageError

@@ -26,12 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Mode:
-    """How this call prints.
-
-    Args:
-        json: print one JSON document on standard output, and nothing else there.
-        debug: print tracebacks and logs on standard error.
-    """
+    """How this call prints: `json` prints one JSON document and nothing else, `debug` tracebacks and logs on stderr."""
 
     json: bool = False
     debug: bool = False
@@ -43,10 +38,7 @@ MODE = Mode()
 def echo(text: str = "", *, err: bool = False, nl: bool = True) -> None:
     """Print a text, with the control characters in it escaped: names of users and data must not rule the terminal.
 
-    Args:
-        text: what to print; JSON stays JSON.
-        err: print on standard error.
-        nl: end the line.
+    JSON stays JSON.
     """
     typer.echo(escaped(text), err=err, nl=nl)
 
@@ -148,9 +140,7 @@ def measured_count(n: int, population: int | None) -> int | str:
 def print_refusals(decision: GateDecision, told: str = "") -> None:
     """Print each failed rule of a decision with its figures and the cause, and what to do; nothing if it passed.
 
-    Args:
-        decision: of the gate.
-        told: what was printed before; a next step that is in it is not repeated.
+    `told` is what was printed before; a next step that is in it is not repeated.
     """
     for refusal in decision.refusals:
         echo(f"- {refusal.text}")
@@ -240,12 +230,7 @@ def bars() -> Iterator[None]:
 def epoch_progress(label: str, total: int) -> Iterator[Callable[[EpochRecord], None]]:
     """Give the bar of a training a name. Each measured round gets a line, with --debug each epoch.
 
-    Args:
-        label: what is running.
-        total: number of epochs.
-
-    Yields:
-        The function for the loop to call after each epoch.
+    Yields the function for the loop to call after each epoch.
     """
 
     def show(record: EpochRecord) -> None:
@@ -277,11 +262,7 @@ def round_line(record: EpochRecord) -> str:
 def byte_progress(label: str) -> Iterator[Callable[[int, int], None]]:
     """Show the progress of a download with its speed and the time left, on a terminal only.
 
-    Args:
-        label: what is downloaded.
-
-    Yields:
-        The function to call with the bytes that arrived and their total.
+    Yields the function to call with the bytes that arrived and their total.
     """
     if not sys.stderr.isatty():
         yield lambda done, total: None

@@ -90,12 +90,7 @@ class Settings(Document):
 
 @dataclass(frozen=True)
 class SettingsFile:
-    """A settings file that was read.
-
-    Args:
-        path: the file.
-        settings: what it holds.
-    """
+    """A settings file that was read."""
 
     path: Path
     settings: Settings
@@ -112,18 +107,13 @@ class SettingsFile:
         return found | ({"store": self.settings.store.uri} if self.settings.store.uri else {})
 
     def default_map(self, root: Any) -> dict[str, Any]:  # noqa: ANN401 - click's, which typer hides
-        """Return click's defaults: by verb, then by parameter.
-
-        Args:
-            root: the command with all verbs.
-        """
+        """Return click's defaults: by verb of the root command, then by parameter."""
         return _defaults(root, self.values(), "")
 
     def variables(self) -> dict[str, str]:
         """Return the environment variables that the file and its `env_file` give.
 
-        Raises:
-            UsageError: `env_file` leads out of the folder, cannot be read, or is not a list of NAME=VALUE.
+        UsageError if `env_file` leads out of the folder, cannot be read, or is not a list of NAME=VALUE.
         """
         settings = self.settings
         found = self._of_env_file()
@@ -169,16 +159,9 @@ def _defaults(command: Any, values: Mapping[str, str], path: str) -> dict[str, A
 
 
 def find_settings(config: Path | None) -> SettingsFile | None:
-    """Read the settings file: the one that is named, or `salun.yaml` in the working folder.
+    """Read the settings file: the one that is named, or `salun.yaml` in the working folder; None if there is none.
 
-    Args:
-        config: from --config or the environment; None: it was not named.
-
-    Returns:
-        The file, or None if there is none.
-
-    Raises:
-        UsageError: it does not exist, holds a secret, an unknown key or a wrong type; all faults are listed.
+    UsageError if a named file does not exist; it lists all faults: secrets, unknown keys and wrong types.
     """
     path = Path(NAME) if config is None else config
     if config is None and not path.is_file():
@@ -189,15 +172,7 @@ def find_settings(config: Path | None) -> SettingsFile | None:
 
 
 def parse_settings(document: Any, source: str) -> Settings:  # noqa: ANN401 - any YAML value
-    """Build settings from what YAML gave.
-
-    Args:
-        document: the content; None: an empty file.
-        source: where it came from, for the message.
-
-    Raises:
-        UsageError: it has faults; all are listed, and a secret is not repeated.
-    """
+    """Build settings from what YAML gave, None for an empty file; UsageError lists all faults and repeats no secret."""
     for place in _secrets(document):
         raise UsageError(f"{source} holds a secret", f"`{place}` is or contains one", _KEYS_ELSEWHERE)
     return parse(Settings, {} if document is None else document, source)
@@ -214,9 +189,7 @@ def _secrets(document: Any) -> Iterator[str]:  # noqa: ANN401 - any YAML value
 def read_variables(path: Path) -> dict[str, str]:
     """Read a file of NAME=VALUE lines, as `salun store serve` writes it; only our own variables and NO_PROXY count.
 
-    Raises:
-        UsageError: it cannot be read, is no regular file or too large, a line has another form, or it says whom to
-            trust.
+    UsageError: it is no regular file or too large, a line has another form, or it says whom to trust.
     """
     remedy = "correct `env_file`: it names a file of NAME=VALUE lines, such as the .env of `salun store serve`"
     from salun_core.certificates.keys import read_small
@@ -241,8 +214,7 @@ def read_variables(path: Path) -> dict[str, str]:
 def set_variables(variables: Mapping[str, str]) -> None:
     """Set environment variables that are not set; keys of one account are never completed with those of another.
 
-    Args:
-        variables: by name. NO_PROXY is added to the value that is there.
+    NO_PROXY is added to the value that is there.
     """
     own_account = any(os.environ.get(name) for name in _ACCOUNT)
     for name, value in variables.items():

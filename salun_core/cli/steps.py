@@ -344,9 +344,7 @@ _PROCESSES = "--processes"
 def _launch(processes: int) -> None:
     """Run this command again in several processes on this machine, joined as torchrun joins them.
 
-    Raises:
-        typer.Exit: a process failed; with the exit code of the first one that did.
-        UsageError: torchrun has started this process.
+    Exits with the code of the first process that failed; UsageError if torchrun has started this process.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -51,15 +51,7 @@ def settle(pod: Pod, state: str, message: str) -> Settled:
     """Settle a run after its steps, in any case, and write its outcome if no step did.
 
     A step that was killed (out of memory, evicted, over its time limit) writes nothing; this step names it, with the
-    reason that the Workflow gives, or the likely ones.
-
-    Args:
-        pod: the run.
-        state: how the steps ended, in Kubeflow's words.
-        message: what Kubeflow says about it; may be empty.
-
-    Returns:
-        How the run ended.
+    reason that the Workflow gives in `message`, or the likely ones. `state` is Kubeflow's.
     """
 
     def attempt() -> Settled:

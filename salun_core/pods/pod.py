@@ -55,13 +55,7 @@ Work = Callable[[Path, list[Reference]], Reference]
 
 @dataclass(frozen=True)
 class Pod:
-    """A run, as each of its pods knows it.
-
-    Args:
-        store_uri: `s3://bucket/prefix`.
-        model_line: name of the line.
-        run: id of the run.
-    """
+    """A run, as each of its pods knows it; `store_uri` is `s3://bucket/prefix`."""
 
     store_uri: str
     model_line: str
@@ -82,11 +76,7 @@ class Pod:
         return new_outcome(self.run, self.model_line, state, text, **fields)
 
     def check(self) -> None:
-        """Check the addresses.
-
-        Raises:
-            UsageError: one of them has another form.
-        """
+        """Check the form of the addresses; UsageError if one is wrong."""
         check_id("model line", self.model_line)
         check_id("run", self.run)
 
@@ -112,18 +102,14 @@ class Hold(StrEnum):
 def in_step(
     pod: Pod, name: str, paths: Sequence[str], work: Work, *, hold: Hold = Hold.REQUIRED, again: bool = False
 ) -> Reference:
-    """Do a step, and return what it made; see the module for what surrounds it.
+    """Do a step in a temporary folder, and return what it made; see the module for what surrounds it.
 
-    Args:
-        pod: the run.
-        name: of the step.
-        paths: files of the artifacts that it takes.
-        work: does it, in a temporary folder.
-        hold: whether it needs the lease of the model line, which is renewed while it works. A step that takes the
-            lease itself needs none; one that may run again after the run was settled needs it until it has published.
-        again: work although the run has its outcome: for the step that makes the artifacts of the verdict, whose pod
-            may have been lost after the verdict was written. Once the exit handler deleted the run's files, as before
-            a Retry from the browser, it passes on too.
+    `hold` is whether the step needs the lease of the model line, which is renewed while it works. A step that takes the
+    lease itself needs none; one that may run again after the run was settled needs it until it has published.
+
+    `again` works although the run has its outcome: for the step that makes the artifacts of the verdict, whose pod may
+    have been lost after the verdict was written. Once the exit handler deleted the run's files, as before a Retry from
+    the browser, it passes on too.
     """
 
     def attempt() -> Reference:

@@ -80,8 +80,7 @@ class Reference(Document):
     def find(self, kind: Kind) -> Reference:
         """Return the nearest reference of a kind: this one, or one that it was made from.
 
-        Raises:
-            IntegrityError: there is none.
+        IntegrityError if there is none.
         """
         found = next((item for item in self._line() if item.kind is kind), None)
         if found is None:
@@ -97,11 +96,7 @@ class Reference(Document):
 
 
 def read_reference(path: str | Path) -> Reference:
-    """Read the file of an artifact.
-
-    Raises:
-        IntegrityError: it does not exist, or is not a reference.
-    """
+    """Read the file of an artifact; IntegrityError if it does not exist or is not a reference."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -120,12 +115,7 @@ def write_reference(reference: Reference, path: str | Path) -> dict[str, Fact]:
 
 
 class Scratch:
-    """The files of one run in our store, which a purge disposes of.
-
-    Args:
-        store: the store.
-        run: id of the run.
-    """
+    """The files of one run in our store, which a purge disposes of."""
 
     def __init__(self, store: FileStore, run: str) -> None:
         self._store, self._run = store, run
@@ -138,19 +128,10 @@ class Scratch:
         made_from: Sequence[Reference] = (),
         facts: Mapping[str, Fact] | None = None,
     ) -> Reference:
-        """Upload a file or all files of a folder.
+        """Upload a file, or all files of a folder; `kind` is also the first folder of its keys.
 
-        Args:
-            kind: what it is; also the first folder of its keys.
-            path: the file or the folder.
-            made_from: what it was made from.
-            facts: for the lineage view; no sample id.
-
-        Returns:
-            The reference.
-
-        Raises:
-            StoreError: the store is unreachable, or a file cannot be read.
+        `facts` are for the lineage view and must contain no sample id. StoreError: the store is unreachable, or a file
+        cannot be read.
         """
         names = sorted(list_tree(path).files) if path.is_dir() else [path.name]
         paths = {name: path / name if path.is_dir() else path for name in names}
@@ -167,19 +148,9 @@ class Scratch:
         return any(True for _ in self._store.list(scratch_prefix(self._run)))
 
     def get(self, reference: Reference, folder: Path, without: Collection[str] = ()) -> Path:
-        """Download the files of a reference into a folder, and verify them.
+        """Download the files of a reference of this run, but those in `without`, into a new folder, and verify them.
 
-        Args:
-            reference: of this run.
-            folder: where to; it is created.
-            without: names of files to leave out.
-
-        Returns:
-            The folder.
-
-        Raises:
-            IntegrityError: the address is not of this run, or a file is not the one that was put.
-            StoreError: a file is missing, or the store is unreachable.
+        IntegrityError: the address is not of this run, or a file is not the one that was put.
         """
         if not reference.uri.startswith(self._prefix):
             raise IntegrityError(

@@ -94,14 +94,8 @@ class PinnedInputs(Document):
 class Claimed:
     """What the first step of a sweep returns; all of it is shown in the user interface.
 
-    Args:
-        requests: how many requests the run erases.
-        forget_manifest_uri: address of the frozen forget set; empty without requests.
-        method: of the recipe.
-        density: of the recipe.
-        method_config: settings of the recipe, as JSON.
-        reason: why the batch is due, or why there is none.
-        code: 0, or the exit code of the outcome if the run cannot start.
+    Method, density and settings (JSON) are the recipe's. `forget_manifest_uri` is empty without requests. `code` is 0,
+    or the exit code of the outcome if the run cannot start.
     """
 
     requests: int = 0
@@ -114,16 +108,7 @@ class Claimed:
 
 
 def claim(pod: Pod, given: Mapping[str, Any], summary: str) -> Claimed:
-    """Claim the next batch of a model line, and write why there is none.
-
-    Args:
-        pod: the run.
-        given: the run form as the component got it.
-        summary: file for the summary in Markdown.
-
-    Returns:
-        The batch.
-    """
+    """Claim the next batch of a model line from the run form, and write to `summary` (Markdown) why there is none."""
     claimed = Claimed()
 
     def work(_folder: Path, _given: list[Reference]) -> Reference:
@@ -164,14 +149,8 @@ def _idle_outcome(pod: Pod, found: Claim) -> OutcomeRecord:
 def fetch_model(pod: Pod, given: Mapping[str, Any]) -> tuple[Reference, int]:
     """Fix what a run works on: the HEAD of its model line, and the samples that its forget set names in it.
 
-    No weights are moved: each later step downloads them once, and verifies them.
-
-    Args:
-        pod: the run.
-        given: the run form as the component got it; it is checked before anything is done.
-
-    Returns:
-        What the run works on; and 0, or the exit code of the outcome if the run cannot start.
+    No weights are moved: each later step downloads them once, and verifies them. The form is checked before anything is
+    done. The number is 0, or the exit code of the outcome if the run cannot start.
     """
 
     def work(folder: Path, _given: list[Reference]) -> Reference:
@@ -235,11 +214,7 @@ def _pinned(pod: Pod, given: Reference, folder: Path) -> PinnedInputs:
 def _open(pod: Pod, given: Reference, folder: Path, *, whole: bool = False) -> tuple[RunContext, PinnedInputs]:
     """Download the model before and the pinned inputs of a run, both verified.
 
-    Args:
-        pod: the run.
-        given: a reference of the run.
-        folder: where to.
-        whole: whether the step needs the whole split, and not only the forget set's rows.
+    `whole` downloads the whole split, not only the forget set's rows.
     """
     pinned = _pinned(pod, given, folder)
     forget_set = read_forget(pinned.forget_uri)
@@ -270,13 +245,7 @@ def compute_mask(
 ) -> Reference:
     """Score the weights and make the mask. A method that takes no mask gets none, and no model is downloaded for it.
 
-    Args:
-        pod: the run.
-        inputs: file of the artifact of `fetch_model`.
-        method: the unlearning method.
-        density: share of the weights to keep salient.
-        method_config: settings as JSON.
-        processes: how many share the work in this container.
+    `inputs` is the file of the artifact of `fetch_model`, and `processes` how many share the work in this container.
     """
 
     def work(folder: Path, given: list[Reference]) -> Reference:
@@ -308,14 +277,8 @@ def unlearn(
 ) -> Reference:
     """Unlearn the forget set; weights outside the mask stay bit-identical.
 
-    Args:
-        pod: the run.
-        mask: file of the artifact of `compute_mask`.
-        method: the unlearning method.
-        method_config: settings as JSON.
-        seed: of the run.
-        tuning: search for the settings that are left open; a search runs in one process.
-        processes: how many share the work in this container.
+    `mask` is the file of the artifact of `compute_mask`, and `processes` how many share the work in this container. A
+    search (`tuning`) runs in one process.
     """
 
     def work(folder: Path, given: list[Reference]) -> Reference:
@@ -341,19 +304,10 @@ def evaluate(
     evaluation_samples: str = str(EVALUATED),
     processes: str = "1",
 ) -> tuple[Reference, Evidence | None]:
-    """Measure the model before and after.
+    """Measure the model before and after; the evidence is None if the run ended before.
 
-    Args:
-        pod: the run.
-        after: file of the artifact of `unlearn`.
-        report: file for the report without a verdict.
-        retrain_reference: also train a model from scratch without the forget set.
-        extra_metrics: metrics that are off by default.
-        evaluation_samples: most images of D_r, and of the test split, that are measured, or `all`.
-        processes: how many share the outputs of a classifier, and the training of a reference, in this container.
-
-    Returns:
-        The evidence by reference and as it is; None if the run ended before.
+    `after` is the file of the artifact of `unlearn`, `report` the file for the report without a verdict. `processes`
+    share a classifier's outputs, and the training of a reference, in this container.
     """
     evidence: Evidence | None = None
 
@@ -393,15 +347,7 @@ def gate_publish(pod: Pod, evidence: str, policy_uri: str, report: str, summary:
     Settling is idempotent, and the exit handler and the next claim of the line repeat it, so that no kill leaves
     requests in progress. The scratch files stay for such an attempt; the exit handler deletes them, or a purge.
 
-    Args:
-        pod: the run.
-        evidence: file of the artifact of `evaluate`.
-        policy_uri: the gate policy.
-        report: file for the report with the verdict.
-        summary: file for the summary in Markdown.
-
-    Returns:
-        The decision by reference, or how the run ended before.
+    Returns the decision by reference, or how the run ended before.
     """
     decision: GateDecision | None = None
 
@@ -470,14 +416,7 @@ def _write_text(path: str, text: str) -> None:
 def sweep_compact(pod: Pod, given: Mapping[str, Any], report: str, summary: str) -> tuple[int, Evidence | None]:
     """Do a whole sweep in this process, which opens the store, the model and the data once.
 
-    Args:
-        pod: the run.
-        given: the run form as the component got it.
-        report: file for the report.
-        summary: file for the summary in Markdown.
-
-    Returns:
-        0, or the exit code of the outcome; and the evidence, if the run came so far.
+    Returns 0, or the exit code of the outcome; and the evidence, if the run came so far.
     """
     evidence: Evidence | None = None
     decision: GateDecision | None = None

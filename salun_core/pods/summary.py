@@ -14,15 +14,11 @@ MAX_CLASSES = 100  # a confusion matrix grows with the square, and lies in the i
 
 
 def scalar_metrics(evidence: Evidence | None) -> dict[str, float]:
-    """Return the figures by which runs are compared.
+    """Return the figures by which runs are compared, such as `UA_before`; what was not measured is absent.
 
-    Args:
-        evidence: of one evaluation; None if the run ended before it.
-
-    Returns:
-        `UA_before`, `UA_after`, `UA_reference` and so on for each metric, `seconds_unlearn` and so on for each
-        timed part, `mask_density`, `weights_changed_ratio` and `forget_ratio`; what was not measured is absent.
-        Ratios from 0 to 1, but for FID and KID (distances), CLIP (0 to 100) and the seconds.
+    `UA_before`, `UA_after`, `UA_reference` and so on for each metric, `seconds_unlearn` and so on for each timed part,
+    `mask_density`, `weights_changed_ratio` and `forget_ratio`. Ratios from 0 to 1, but for FID and KID (distances),
+    CLIP (0 to 100) and the seconds.
     """
     if evidence is None:
         return {}
@@ -45,13 +41,8 @@ def _ratio(part: int, whole: int) -> float | None:
 def confusion(evidence: Evidence | None) -> tuple[list[str], list[list[int]]] | None:
     """Return class names and the confusion matrix of the test split or the generated images, for the model after.
 
-    Args:
-        evidence: of one evaluation; None if the run ended before it.
-
-    Returns:
-        (names, rows): rows are true classes, columns predicted ones. None beyond 100 classes, where none was
-        measured, or where the matrix is not square, as of prompts that a judge sorts into its classes. Equal names
-        are told apart by their class id.
+    Rows are true classes, columns predicted ones. None beyond 100 classes, where no matrix was measured, or where it is
+    not square, as of prompts that a judge sorts into its classes. Equal names are told apart by their class id.
     """
     if evidence is None:
         return None
@@ -66,15 +57,10 @@ def confusion(evidence: Evidence | None) -> tuple[list[str], list[list[int]]] | 
 
 
 def roc_points(evidence: Evidence | None) -> tuple[list[float], list[float], list[float]] | None:
-    """Return the membership attack's ROC curve on the model after unlearning.
+    """Return the membership attack's ROC curve after unlearning: false and true positive rates, and thresholds.
 
-    Args:
-        evidence: of one evaluation; None if the run ended before it.
-
-    Returns:
-        (false positive rates, true positive rates, thresholds), or None where the attack could not be made, as on
-        a generative model: log no curve then. The evidence keeps no losses, so the thresholds are the points'
-        ranks, falling from 1 to 0: finite, as a user interface needs them.
+    None if the attack could not be made, as on a generative model: log no curve then. The evidence keeps no losses, so
+    the thresholds are the points' ranks, falling from 1 to 0: finite, as a user interface needs them.
     """
     curve = evidence.roc.get("after") if evidence else None
     if curve is None or not curve.fpr:
@@ -84,15 +70,9 @@ def roc_points(evidence: Evidence | None) -> tuple[list[float], list[float], lis
 
 
 def markdown(outcome: OutcomeRecord, asked: str = "", decision: GateDecision | None = None) -> str:
-    """Summarise a run for the user interface: what was asked, what was done, the verdict, and where to look.
+    """Return a Markdown summary for the user interface: what was asked, what was done, the verdict, and where to look.
 
-    Args:
-        outcome: how it ended.
-        asked: what it was given, in a sentence without sample ids.
-        decision: the gate's decision, if it came so far.
-
-    Returns:
-        Markdown.
+    `asked` is a sentence without sample ids.
     """
     return "\n".join(_lines(outcome, asked, decision)) + "\n"
 

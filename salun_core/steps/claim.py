@@ -40,17 +40,9 @@ def sweep_policy(
     tune: bool = False,
     **settings: Any,  # noqa: ANN401 - as below
 ) -> SweepPolicy:
-    """Return the policy of a sweep: the escalation of a recipe, and other settings.
+    """Return the policy of a sweep: the escalation of a recipe by the line's task, and other settings of `SweepPolicy`.
 
-    Args:
-        line: the model line; its task escalates the recipe.
-        recipe: the first recipe.
-        tune: whether the runs search for settings.
-        settings: of `SweepPolicy`.
-
-    Raises:
-        UsageError: a setting is out of range, or the method or its configuration is wrong.
-        IntegrityError: HEAD or its card is damaged.
+    UsageError for a wrong setting or method; IntegrityError if HEAD or its card is damaged.
     """
     recipes = task_to_sweep(line).escalation(recipe, tune=tune)
     digest = policy_digest(settings.get("policy_uri", AUTO))
@@ -60,8 +52,7 @@ def sweep_policy(
 def task_to_sweep(line: OpenLine) -> Task[Any]:
     """Return the task of a line; classification for a line without HEAD, which has nothing to claim.
 
-    Raises:
-        IntegrityError: HEAD or its card is damaged.
+    IntegrityError if HEAD or its card is damaged.
     """
     return task_named("classification") if line.head is None else line.task
 
@@ -78,21 +69,9 @@ def claim_requests(
 ) -> Claim:
     """Claim a batch for a run; see `sweeps.claim.claim`.
 
-    Args:
-        store: the store of the line.
-        line: the line, as it was read for the policy.
-        run: id of the run.
-        policy: of the sweep.
-        dry_run: describe in `reason` what would be claimed, and write nothing.
-        clock: returns the time.
-        on_data: called with the data that the requests were resolved against, for a run in the same process.
-
-    Returns:
-        What was claimed.
-
-    Raises:
-        StoreError: the store's conditional writes are not safe.
-        UsageError: no such line, or no signing key although a certificate is due.
+    `line` is as it was read for the policy. With `dry_run`, `reason` describes what would be claimed, and nothing is
+    written. `on_data` receives the data that the requests were resolved against, for a run in the same process.
+    StoreError if conditional writes are not safe; UsageError if a certificate is due and no signing key is set.
     """
     with observed("claim_requests", line.name, run) as metrics:
         context = SweepContext(store, clock, ModelCertifier(store))
@@ -107,11 +86,7 @@ def claim_requests(
 
 
 def probe_once(store: S3Store) -> None:
-    """Test the conditional writes of a store before its first claim, and again after a week.
-
-    Raises:
-        StoreError: its conditional writes are not safe.
-    """
+    """Test the conditional writes of a store before its first claim, and again after a week; StoreError if not safe."""
     passed = store.get(_PROBED)
     if passed and passed.served and passed.served - passed.modified < _PROBE_LASTS:
         return
@@ -129,12 +104,7 @@ def probe_once(store: S3Store) -> None:
 def resolver_of(line: OpenLine, on_data: Callable[[LoadedData], object] = lambda loaded: None) -> Resolver:
     """Build the resolver for a version: its split manifest, and the rows of its data set, if it came with one.
 
-    Args:
-        line: the line at the version.
-        on_data: called with the data set.
-
-    Raises:
-        IntegrityError: a file of the version is gone or damaged, or the data are not what it was trained on.
+    `on_data` is called with the data set. IntegrityError if the data are not what the version was trained on.
     """
     data = load_data(line.card.data, line.split) if line.card.data is not None else None
     if data is not None:

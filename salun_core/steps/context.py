@@ -89,14 +89,8 @@ class RunContext:
         """Check that the run still has the inputs that its record names; without a ledger there is nothing to check.
 
         The frozen forget set and the policy are files that somebody may replace while the run works. A run whose inputs
-        changed ends without a verdict, and its requests are queued again from the ledger: nothing of the replaced file
-        gets into the line.
-
-        Args:
-            policy: digest of the gate policy, if it is about to be applied.
-
-        Raises:
-            IntegrityError: the forget set or the policy is another one.
+        changed ends without a verdict (IntegrityError), and its requests are queued again from the ledger: nothing of
+        the replaced file gets into the line. `policy` is the digest of the gate policy, if it is about to be applied.
         """
         record = RunLog(self.store, utc_clock).read(self.run) if self.store_uri and self.run else None
         if record is None:
@@ -109,15 +103,8 @@ class RunContext:
         """Return the model after. It is loaded again only if its files changed: their digests are always checked.
 
         In a run with a pinned split, the folder may lack its split. The card must then name the split before without
-        the forget set. Such a folder can be evaluated and not published.
-
-        Args:
-            after: folder of the unlearned model.
-
-        Raises:
-            UsageError: it is not a model folder, or of another task than the original.
-            ModelError: it does not fit its architecture.
-            IntegrityError: a file is damaged.
+        the forget set. Such a folder can be evaluated and not published. UsageError if it is of another task than the
+        original.
         """
         task = task_of(after)
         if task is not self.task:
@@ -136,10 +123,8 @@ class RunContext:
     def advance(self, to: RunStatus, step: str) -> None:
         """Record how far the run came, and renew the lease of its model line. Without a ledger it does nothing.
 
-        A step that dies after this call leaves the run at its last status; the next sweep settles it.
-
-        Raises:
-            ConflictError: the run has ended: another process settled it, and its result is not wanted any more.
+        A step that dies after this call leaves the run at its last status; the next sweep settles it. ConflictError if
+        the run has ended: another process settled it, and its result is not wanted any more.
         """
         if not (self.store_uri and self.run):
             return
@@ -153,11 +138,7 @@ class RunContext:
 
     @contextmanager
     def observed(self, step: str) -> Iterator[StepMetrics]:
-        """Observe a step of this run: log it, push its metrics, and record that it began.
-
-        Yields:
-            The step's metrics, to record values in.
-        """
+        """Observe a step of this run: log it, push its metrics, and record that it began."""
         with observed(step, self.model_line, self.run) as metrics:
             if step in _BEGUN:
                 self.advance(_BEGUN[step], step)
@@ -167,11 +148,7 @@ class RunContext:
     def distributed(self, step: str) -> Iterator[tuple[StepMetrics, ProcessGroup]]:
         """Observe a step and join the processes that torchrun started; only the first one logs, records and pushes.
 
-        Yields:
-            The step's metrics, and the group of processes.
-
-        Raises:
-            PeerError: another process failed.
+        PeerError if another process failed.
         """
         group = ProcessGroup.from_environment()
         if group.main:
@@ -182,22 +159,12 @@ class RunContext:
                 yield StepMetrics(), group
 
     def require_same_inputs(self, group: ProcessGroup) -> None:
-        """Check that all processes have the same model and forget set.
-
-        Raises:
-            IntegrityError: they do not.
-        """
+        """Check that all processes have the same model and forget set. IntegrityError if they do not."""
         group.require_same("model or forget set", " ".join(self.inputs.digests.values()))
 
 
 def record_evidence(metrics: StepMetrics, evidence: Evidence, decision: GateDecision | None = None) -> None:
-    """Set the metrics that evidence and the gate's decision give.
-
-    Args:
-        metrics: of the step.
-        evidence: the measured shares; a missing one is left out.
-        decision: the gate's decision, if there is one.
-    """
+    """Set the metrics that evidence and the gate's decision give; a missing share is left out."""
     label = method_label(evidence.run.method)
 
     def after(name: str) -> float | None:
@@ -215,10 +182,7 @@ def record_evidence(metrics: StepMetrics, evidence: Evidence, decision: GateDeci
 def record_assurance(metrics: StepMetrics, method: str, decision: GateDecision) -> None:
     """Set the metrics of a decision's assurance level and of the figures behind it.
 
-    Args:
-        metrics: of the step.
-        method: the unlearning method.
-        decision: the gate's decision; one that refused has no level.
+    A decision that refused has no level.
     """
     label = method_label(method)
     for level in LEVELS:

@@ -36,25 +36,10 @@ def evaluate(
 ) -> Evidence:
     """Evaluate an unlearned model against the original, and against a retrained one if that is asked for.
 
-    Args:
-        context: original model, forget set, device; its store holds the classifier for generated images.
-        after: folder of the unlearned model.
-        evidence_out: JSON file to write.
-        report_out: HTML file to write.
-        mask: mask file; weights outside it are compared bit by bit. A run whose settings were searched for has its own
-            mask in the model folder, which must agree with this one.
-        reference: folder of a model that was retrained without the forget set.
-        retrain_reference: retrain one here, by the recipe on the model card.
-        extra_metrics: metrics that are off by default, such as `lira=16,relearn,probe`.
-        evaluation_samples: most images of D_r, and of the test split, that are measured, or `all`.
-
-    Returns:
-        The evidence.
-
-    Raises:
-        ModelError: the two models are of different architectures or splits.
-        IntegrityError: the mask is not the one that the run used.
-        UsageError: a metric is unknown, or lacks what it needs.
+    It writes JSON and HTML. Weights outside the mask are compared bit by bit; a run whose settings were searched for
+    has its own mask in the model folder, which must agree with this one (IntegrityError). A reference is a folder, or
+    is retrained here by the recipe on the model card. The context's store holds the classifier for generated images.
+    `extra_metrics` are off by default, such as `lira=16,relearn,probe`.
     """
     with context.observed("evaluate") as metrics:
         most = most_evaluated(evaluation_samples)
@@ -79,15 +64,8 @@ def evaluate_together(
     """Evaluate as `evaluate` does, in all processes that torchrun started; without torchrun in this one.
 
     Each process computes its share of a classifier's outputs, and of the training of a reference. The first one
-    measures the rest alone, and writes; the others end before that. If one fails, all that still work end with its
-    exit code.
-
-    Returns:
-        The evidence; None in all processes but the first.
-
-    Raises:
-        PeerError: another process failed.
-        IntegrityError: the processes have different models or forget sets.
+    measures the rest alone, and writes; the others end before that and return None. If one fails, all that still work
+    end with its exit code (PeerError). IntegrityError if they have different models or forget sets.
     """
     with context.distributed("evaluate") as (metrics, group):
         most = most_evaluated(evaluation_samples)
@@ -147,8 +125,7 @@ def _evaluated(context: RunContext, asked: _Asked, metrics: StepMetrics, group: 
 def check_pair(context: RunContext, candidate: Model) -> None:
     """Check that a model can be compared with the original: one architecture, and one split but for the forget set.
 
-    Raises:
-        ModelError: they are of different architectures or splits.
+    ModelError if not.
     """
     inputs = context.inputs
     before, after = inputs.original.card.architecture, candidate.card.architecture

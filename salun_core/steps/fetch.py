@@ -11,13 +11,7 @@ from salun_core.steps.context import RunContext
 
 @dataclass(frozen=True)
 class Fetched:
-    """What the step found.
-
-    Args:
-        version: digest of the version that was HEAD.
-        forget_count: training samples to forget.
-        train_count: training samples in total.
-    """
+    """What the step found: the digest of the version that was HEAD, and numbers of training samples."""
 
     version: str
     forget_count: int
@@ -27,10 +21,7 @@ class Fetched:
 def fetch_model(context: RunContext) -> Fetched:
     """Fetch HEAD of the context's model line into `context.before` and resolve the forget set against its split.
 
-    Raises:
-        UsageError: no such line, or a target that does not fit the data.
-        DataError: there is nothing to forget, or nothing to keep.
-        IntegrityError: a stored file or the data do not match their digests, or the forget set is not the claimed one.
+    DataError: there is nothing to forget, or nothing to keep. IntegrityError: the forget set is not the claimed one.
     """
     with context.observed("fetch_model"):
         head = require_head(context.store, context.model_line)  # under the lease: a run before may have moved it

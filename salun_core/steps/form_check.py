@@ -64,23 +64,15 @@ class _Faults:
 
 
 def check_form(form: RunForm, *, in_pods: bool, skipped: Skipped | None = None, line: OpenLine | None = None) -> None:
-    """Check every parameter of a run before any work.
+    """Check every parameter of a run before any work; several faults are listed in one UsageError.
 
     Values out of range are refused when the form is parsed. This checks what the values name: the store's address, the
     policy, what evaluates a diffusion model, the forget targets, the method and its configuration, the search, the
     extra metrics. Nothing is written.
 
-    Args:
-        form: the parameters.
-        in_pods: whether the steps run in pods, which cannot read a file of this machine.
-        skipped: called with one line that names what was not checked because the store cannot be read from here. By
-            default that is an error.
-        line: the line of the form, if the caller goes on with what was read of it.
-
-    Raises:
-        UsageError: a parameter is wrong; several faults are listed in one message.
-        StoreError: the store cannot be read, and `skipped` is not given.
-        IntegrityError: HEAD of the line or a frozen manifest is damaged.
+    Steps in pods cannot read a file of this machine. `skipped` is called with one line that names what was not checked
+    because the store cannot be read from here; by default that is a StoreError. `line` is for a caller that goes on
+    with what was read of it.
     """
     faults = _Faults(skipped)
     task = None

@@ -18,23 +18,11 @@ def compute_mask(context: RunContext, recipe: Recipe, out: Path, random_seed: in
     """Compute the saliency mask of a model for a forget set.
 
     A method that takes no mask gets one in which every weight is salient, and so does a recipe that leaves the method
-    to a search, which makes its own masks. If torchrun has started several processes,
-    each scores its share, and the first one writes the same mask as one process alone.
+    to a search, which makes its own masks. If torchrun has started several processes, each scores its share, and the
+    first one writes the same mask as one process alone.
 
-    Args:
-        context: model, forget set, device.
-        recipe: method, density and settings. Its seed is not used: runs of several seeds share a mask.
-        out: file to write.
-        random_seed: draw a random mask of the same density, as a control.
-
-    Returns:
-        The mask.
-
-    Raises:
-        UsageError: density outside (0, 1], or something does not exist.
-        DataError: there is nothing to forget, or nothing to keep.
-        ModelError: a score is NaN or infinite.
-        IntegrityError: the model, the data or the forget set do not match their digests.
+    The recipe's seed is not used: runs of several seeds share a mask. `random_seed` draws a random mask of the same
+    density, as a control.
     """
     with context.distributed("compute_mask") as (metrics, group):
         started = time.perf_counter()

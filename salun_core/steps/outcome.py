@@ -90,27 +90,14 @@ class OutcomeRecord(StoredDocument):
 
 
 def read_outcome(store: ObjectStore, run: str) -> OutcomeRecord | None:
-    """Return the outcome of a run, or None if none was written yet.
-
-    Raises:
-        IntegrityError: the document is damaged.
-        StoreError: the store is unreachable or refuses the credentials.
-    """
+    """Return the outcome of a run, or None if none was written yet. IntegrityError if it is damaged."""
     key = run_key(run, OUTCOME_FILE)
     stored = store.get(key)
     return parse_stored(OutcomeRecord, stored.data, key) if stored else None
 
 
 def write_outcome(store: ObjectStore, outcome: OutcomeRecord) -> OutcomeRecord:
-    """Write the outcome of a run, unless it has a final one already.
-
-    Returns:
-        The outcome that is stored now.
-
-    Raises:
-        IntegrityError: the stored document is damaged.
-        StoreError: the store is unreachable or refuses the credentials.
-    """
+    """Write the outcome of a run, unless it has a final one already, and return the outcome that is stored now."""
     key, data = run_key(outcome.run, OUTCOME_FILE), outcome.canonical()
     while True:
         stored = store.get(key)
@@ -128,14 +115,9 @@ def write_outcome(store: ObjectStore, outcome: OutcomeRecord) -> OutcomeRecord:
 
 
 def add_counts(store: ObjectStore, run: str, completed: int, queued: int, failed: int) -> OutcomeRecord | None:
-    """Add to a final outcome what became of the requests; its other fields stay. Repeating it is harmless.
+    """Add to a final outcome what became of the requests; its other fields stay.
 
-    Returns:
-        The outcome that is stored now; None if there is none.
-
-    Raises:
-        IntegrityError: the stored document is damaged.
-        StoreError: the store is unreachable or refuses the credentials.
+    Repeating it is harmless. Returns the outcome that is stored now; None if there is none.
     """
     key, counts = run_key(run, OUTCOME_FILE), {"completed": completed, "queued": queued, "failed": failed}
     while (stored := store.get(key)) is not None:
@@ -158,16 +140,10 @@ def new_outcome(
     clock: Clock = utc_clock,
     **fields: Any,  # noqa: ANN401 - of the record
 ) -> OutcomeRecord:
-    """Return an outcome with its time and its exit code.
+    """Return an outcome with its time and its exit code, which `code` in `fields` replaces.
 
-    Args:
-        run: id of the run.
-        line: the model line.
-        state: how the run ended.
-        text: what happened; cut at 500 characters, in one line, as is `next`. It may come from Kubeflow or from a
-            store, so that nothing in it is refused: this is called while an error is handled.
-        clock: returns the time.
-        fields: other fields of `OutcomeRecord`; `code` replaces the state's.
+    `text` and `next` are cut at 500 characters, in one line. They may come from Kubeflow or from a store, so that
+    nothing in them is refused: this is called while an error is handled.
     """
     document = {
         "run": run,

@@ -28,15 +28,9 @@ _THREADS = "OMP_NUM_THREADS"
 def in_processes(processes: int, step: Step, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - of the step
     """Call a step in several processes that are joined as torchrun joins them, and wait for all.
 
-    Args:
-        processes: number of processes; at most one per GPU. With 1, or if torchrun has started this process, the step
-            runs in this process.
-        step: a function of a module, such as `steps.mask.compute_mask`. Its result is lost; it must write files.
-        args: its arguments. The processes log the run of a `RunContext`; each loads models and data itself.
-        kwargs: its arguments.
-
-    Raises:
-        SalunError: the first error of a process, of its own class.
+    At most one process per GPU. With 1, or if torchrun has started this process, the step runs in this process. It must
+    be a function of a module; its result is lost, so it must write files. The processes log the run of a `RunContext`;
+    each loads models and data itself. The first error of a process is raised with its own class.
     """
     count = _processes(processes)
     if count == 1:
@@ -58,12 +52,8 @@ def _processes(wanted: int) -> int:
 def joined(count: int, entry: Callable[..., object] | str) -> Callable[..., object]:
     """Return a function that starts joined processes on this machine, as torchrun does, and waits for them.
 
-    Args:
-        count: number of processes; each gets its share of the cores unless $OMP_NUM_THREADS is set.
-        entry: a function of a module, or a program.
-
-    Returns:
-        It takes the entry's arguments, and raises torch's `ChildFailedError` if a process failed.
+    It takes the entry's arguments; the entry is a function of a module, or a program. Each process gets its share of
+    the cores unless $OMP_NUM_THREADS is set. It raises torch's `ChildFailedError` if one failed.
     """
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 

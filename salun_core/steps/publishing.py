@@ -35,16 +35,8 @@ _KEPT = "TA"  # of all metrics this one alone is measured on the same samples fo
 def with_origin(store: ObjectStore, line: str, parent: str, measured: Evidence) -> Evidence:
     """Return evidence in which the test accuracy also says what the last full training had.
 
-    The first child of that training was measured together with it, and carries the figure.
-
-    Args:
-        store: where the line is.
-        line: the model line.
-        parent: the version that the candidate was made from.
-        measured: the evidence.
-
-    Raises:
-        IntegrityError: a version on the way, or its evidence, is missing or damaged.
+    The first child of that training was measured together with it, and carries the figure. `parent` is the version that
+    the candidate was made from. IntegrityError if a version on the way, or its evidence, is missing or damaged.
     """
     metric = measured.metrics.get(_KEPT)
     if metric is None:
@@ -68,12 +60,7 @@ def _before(store: ObjectStore, manifest: VersionManifest) -> float | None:
 
 @dataclass(frozen=True)
 class Published:
-    """What the step did.
-
-    Args:
-        version: digest of the new HEAD.
-        decision: the gate's answer; it passed.
-    """
+    """What the step did: the digest of the new HEAD, and the decision, which passed."""
 
     version: str
     decision: GateDecision
@@ -91,27 +78,12 @@ def gate_and_publish(
 ) -> Published:
     """Apply the gate and publish. A refusal leaves the line as it was and stores decision and report of the run.
 
+    `parent` is the digest of the version that the original model was fetched as; ConflictError if HEAD is another one.
+    `report` is the HTML file to write; evidence and decision are written to its folder.
+
     The step may die at any point and be run again by the same run:
     - before HEAD moved, the staged version is invisible, and the next attempt stages the same one;
     - after HEAD moved, `_published_before` finds the version and returns it, also if a twin of this step moved it.
-
-    Args:
-        context: original model, forget set, store, model line and run.
-        after: folder of the unlearned model.
-        evidence: file from the evaluation.
-        report: HTML file to write, with the verdict; evidence and decision are written to its folder.
-        parent: digest of the version that the original model was fetched as.
-        policy_uri: name of a built-in policy, a file, an s3:// address, or auto: by the kind of model.
-        mask: mask file that was used.
-
-    Returns:
-        What was published.
-
-    Raises:
-        GateRefusedError: the gate refused.
-        ConflictError: HEAD is not `parent` any more.
-        IntegrityError: the original model is not the parent's, the split of the model after is not the kept one, or the
-            forget set or the policy is not the one that the run began with.
     """
     with context.observed("gate_publish") as metrics:
         store, line, inputs = context.store, context.model_line, context.inputs

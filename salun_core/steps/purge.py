@@ -29,18 +29,9 @@ def purge_store(
 ) -> PurgeReport:
     """Purge a store, and log and measure it as a step; see `retention.purge.purge`.
 
-    A cache of data (`SALUN_DATA_CACHE`) is emptied, if this machine has one.
-
-    Args:
-        store_uri: `s3://bucket/prefix`.
-        rules: how long things are kept; by default the longest allowed.
-        dry_run: return the plan, and delete nothing.
-        signer: the key that signs addenda.
-        clock: returns the time now.
-        run: id of the run that the step belongs to, if any.
-
-    Raises:
-        StoreError: the cache cannot be emptied; the store was purged nevertheless.
+    A cache of data (`SALUN_DATA_CACHE`) is emptied, if this machine has one; if that fails with a StoreError, the store
+    was purged nevertheless. The default rules keep things for the longest allowed time. `dry_run` returns the plan and
+    deletes nothing.
     """
     with observed("purge", ALL_LINES, run):
         store = open_store(store_uri)

@@ -44,21 +44,9 @@ def run_all(
 ) -> RunOutcome:
     """Hold the model line and run the five steps one after the other; no sweep works on the line meanwhile.
 
-    Args:
-        form: the parameters.
-        folder: working folder; each step writes to it.
-        say: called with the name of each step before it starts, and with the reason of the end of measured rounds.
-        run: id of the run; a new one by default.
-        on_trial: called after each trial of a search.
-
-    Returns:
-        What was made.
-
-    Raises:
-        UsageError: the form names something that does not exist.
-        LineHeldError: another run works on the line.
-        GateRefusedError: the gate refused, or the search found no setting that it would pass; nothing was published.
-        SalunError: any step failed.
+    Each step writes to `folder`. `say` is called with the name of each step before it starts, and with the reason of
+    the end of measured rounds; `on_trial` after each trial of a search. LineHeldError: another run works on the line.
+    GateRefusedError: the gate refused, or the search found no setting that it would pass; nothing was published.
     """
     check_form(form, in_pods=False)  # also that the line exists: there is no lease of one that does not
     store, run = open_store(form.store_uri), run or new_run_id()

@@ -92,14 +92,9 @@ F = TypeVar("F", bound=RunForm)
 
 
 def read_form(kind: type[F], given: Mapping[str, Any]) -> F:
-    """Build a run form from the parameters of a step, which kfp passes by name.
+    """Build a run form from the parameters of a step, which kfp passes by name; UsageError lists all faults.
 
-    Args:
-        kind: the form.
-        given: values by name; settings of a method are JSON text, and what the form does not have is left out.
-
-    Raises:
-        UsageError: a value is missing or out of range; all are named.
+    Settings of a method are JSON text, and what the form does not have is left out.
     """
     fields = {name: value for name, value in given.items() if name in kind.model_fields}
     if isinstance(text := fields.get("method_config"), str):

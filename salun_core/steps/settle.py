@@ -23,19 +23,9 @@ def settle_requests(
 ) -> Settled:
     """Settle a run; see `sweeps.settle.settle`. The run's record holds all that is needed.
 
-    Args:
-        store_uri: `s3://bucket/prefix`.
-        model_line: name of the line.
-        run: id of the run; it may have claimed nothing.
-        key: file of the signing key; by default the one that $SALUN_SIGNING_KEY names.
-        clock: returns the time.
-        keep_scratch: leave the run's scratch files to a later call.
-
-    Returns:
-        How the run ended.
-
-    Raises:
-        UsageError: a certificate is due and no signing key is set; settling again continues.
+    The run may have claimed nothing. The signing key is by default the one that $SALUN_SIGNING_KEY names. UsageError if
+    a certificate is due and no key is set; settling again continues. `keep_scratch` leaves the scratch files to a later
+    call.
     """
     with observed("settle_requests", model_line, run):
         store = open_store(store_uri)

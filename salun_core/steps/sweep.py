@@ -30,26 +30,16 @@ Say = Callable[[str], None]
 
 
 def policy_of(form: DeletionSweepForm, line: OpenLine) -> SweepPolicy:
-    """Return the policy of a sweep of the form's line.
-
-    Raises:
-        UsageError: the method or its configuration is wrong.
-    """
+    """Return the policy of a sweep of the form's line; UsageError if the method or its configuration is wrong."""
     limits = form.model_dump(include={"policy_uri", *BatchLimits.model_fields})
     return sweep_policy(line, form.recipe, tune=form.tune, **limits)
 
 
 @dataclass(frozen=True)
 class SweepOutcome:
-    """What a sweep did.
+    """What a sweep did; `outcome` is set if the run passed, `error` if it failed.
 
-    Args:
-        run: its id.
-        claimed: what it claimed.
-        settled: how the run ended; None after a dry run.
-        outcome: what the run made, if it passed.
-        error: what ended the run, if it failed.
-        purged: what was deleted because its time was over; None if the configuration does not purge.
+    `settled` is None after a dry run, `purged` if the configuration does not purge.
     """
 
     run: str
@@ -71,20 +61,10 @@ def sweep_once(
 ) -> SweepOutcome:
     """Claim one batch, erase it, and settle it in any case.
 
-    Args:
-        form: the parameters.
-        folder: where the run writes.
-        say: called with the name of each step before it starts.
-        run: id of the run; a new one by default.
-        on_trial: called after each trial of a search.
-        purge_after: delete the data past their retention period afterwards.
-
-    Returns:
-        What was done, with the error that ended the run, if there was one.
-
-    Raises:
-        UsageError: the configuration is not possible; nothing was claimed.
-        SalunError: claiming or settling failed; the next sweep continues from there.
+    `say` is called with the name of each step before it starts; `purge_after` deletes the data past their retention
+    period afterwards. The outcome holds the error that ended the run, if there was one. UsageError: the configuration
+    is not possible, and nothing was claimed. SalunError: claiming or settling failed; the next sweep continues from
+    there.
     """
     run = run or new_run_id()
     with run_bound(run):

@@ -37,27 +37,16 @@ def run_unlearning(
 ) -> UnlearnResult:
     """Run one unlearning method and write the new model with the facts of its run.
 
-    If torchrun has started several processes, they share each batch, and the first one writes.
+    If torchrun has started several processes, they share each batch, and the first one writes. The folder appears whole
+    or not at all. The state after each epoch is kept in `checkpoint`, by default under $SALUN_CHECKPOINT_DIR, if set.
 
-    Args:
-        context: model and forget set.
-        recipe: method, settings, seed. With `tuning` it may leave the method open; the facts name the chosen one.
-        mask: mask file of this model and forget set; None for a method that takes none.
-        out: folder for the new model; it appears whole or not at all.
-        checkpoint: file that keeps the state after each epoch; by default under $SALUN_CHECKPOINT_DIR, if set.
-        on_epoch: called after each epoch.
-        tuning: search for the settings that the recipe leaves open. The search makes its own mask, which is written to
-            the model folder with all that was tried; `mask` must be of the same scores. A method that starts from fresh
-            weights has nothing to search for and runs by its recipe. A search that was killed starts again.
+    `tuning` searches for the settings that the recipe leaves open, perhaps also the method; the facts name what was
+    chosen. The search makes its own mask, which is written to the model folder with all that was tried; `mask` must be
+    of the same scores. A method that starts from fresh weights has nothing to search for and runs by its recipe. A
+    search that was killed starts again.
 
-    Returns:
-        The result.
-
-    Raises:
-        UsageError: a wrong method or configuration.
-        IntegrityError: the mask is of another model or forget set.
-        DivergedError: the loss or a weight became NaN or infinite. A sweep counts that as damage.
-        GateRefusedError: a search found no setting within the policy; nothing is written.
+    DivergedError: the loss or a weight became NaN or infinite; a sweep counts that as damage. GateRefusedError: the
+    search found no setting within the policy, and nothing is written.
     """
     with context.distributed("unlearn") as (_, group):
         checkpoint = checkpoint or _checkpoint_from_environment(context.model_line)

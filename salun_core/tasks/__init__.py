@@ -27,11 +27,7 @@ TASKS: dict[str, Task[Any]] = {"classification": ClassificationTask(), "diffusio
 
 
 def task_named(name: str) -> Task[Any]:
-    """Return the task with the name on a model card.
-
-    Raises:
-        UsageError: no task has this name; the message suggests the nearest match.
-    """
+    """Return the task with the name on a model card; the UsageError of an unknown name suggests the nearest match."""
     known = {value: task for task in TASKS.values() for value in task.card_tasks}
     if name not in known:
         raise unknown_name("task", name, known)
@@ -39,31 +35,22 @@ def task_named(name: str) -> Task[Any]:
 
 
 def parse_card(data: Any, source: str = CARD) -> Card:  # noqa: ANN401 - any YAML or JSON value
-    """Build the card that a document's `task` selects; the oldest cards have no task and belong to classifiers.
+    """Build the card that a document's `task` selects; a card without one is a classifier's.
 
-    Raises:
-        UsageError: an unknown task, or faults (the message lists all of them).
+    UsageError lists all faults.
     """
     name = data.get("task", "classification") if isinstance(data, Mapping) else "classification"
     return parse(task_named(str(name)).card_type, data, source)
 
 
 def read_card(folder: Path) -> Card:
-    """Read the card of a model folder.
-
-    Raises:
-        UsageError: the folder has no card, or the card has faults.
-    """
+    """Read the card of a model folder."""
     require_card(folder)
     return parse_card(read_document(folder / CARD), str(folder / CARD))
 
 
 def task_of(folder: Path) -> Task[Any]:
-    """Return the task of a model folder.
-
-    Raises:
-        UsageError: the folder is not a model folder, or its card has faults.
-    """
+    """Return the task of a model folder; UsageError if it is not a model folder or its card has faults."""
     return task_named(read_card(folder).task)
 
 
@@ -74,22 +61,10 @@ def open_inputs(
     loaded: LoadedData | None = None,
     excerpt: SplitExcerpt | None = None,
 ) -> Inputs[Any]:
-    """Load and check the inputs of a step.
+    """Load and check the inputs of a step; `forget` is the address of targets or of a resolved forget set.
 
-    Args:
-        model: folder of the original model.
-        forget: address of the forget targets or of a resolved forget set.
-        data: data set spec, if the data are not at the location on the model card.
-        loaded: data that were read before; they are not read again if they are those of the model.
-        excerpt: what the step needs of the model's split, whose file is then not read.
-
-    Returns:
-        Inputs of the model's task; images are decoded on first use.
-
-    Raises:
-        UsageError: an input does not exist or has faults, or the model cannot forget the targets.
-        DataError: the forget set is empty or covers all data.
-        IntegrityError: the data or the forget set belong to another split.
+    `data` replaces the location on the model card. `loaded` data are used if they are those of the model, and with an
+    `excerpt` the file of the split is not read. Images are decoded on first use.
     """
     task = task_of(model)
     return inputs_of(task, task.load(model, excerpt), read_forget(forget), data, loaded)
@@ -102,14 +77,9 @@ def inputs_of(
     data: str | None = None,
     loaded: LoadedData | None = None,
 ) -> Inputs[Any]:
-    """Combine a loaded model with its data and a forget set, and check them; errors as for `open_inputs`.
+    """Combine a loaded model with its data and a forget set, and check them.
 
-    Args:
-        task: task of the model.
-        original: the model.
-        forget_set: forget targets, or what they were resolved to.
-        data: data set spec, if the data are not at the location on the model card.
-        loaded: as for `open_inputs`.
+    Arguments and errors as for `open_inputs`.
     """
     split = original.split
     spec = relocated_spec(original.card.data, data) if original.card.data is not None else None
@@ -135,21 +105,11 @@ def resolve_targets(task: Task[Any], targets: Sequence[Target], table: Table | N
 
 
 def register_model(store: FileStore, line: str, folder: Path, method: str, trained_on: int) -> str:
-    """Publish a model folder as the first version of a model line.
+    """Publish a model folder as the first version of a line, and return its digest.
 
-    Args:
-        store: store of the model line.
-        line: name of the line; it must not have a HEAD yet.
-        folder: the model folder.
-        method: train or import.
-        trained_on: number of training samples; 0 if unknown.
+    ConflictError if the line has a HEAD.
 
-    Returns:
-        Digest of the version.
-
-    Raises:
-        ConflictError: the line exists.
-        UsageError: a file name is not valid in the store.
+    `method` is train or import; `trained_on` counts training samples, 0 if unknown.
     """
     fields = {"line": line, "parent": None, "method": method, "lineage": {"trained_on": trained_on}}
     files = task_of(folder).version_files(folder)

@@ -33,13 +33,9 @@ _MOST_IMAGES = 100_000  # of a class, by the model card
 
 @dataclass(frozen=True)
 class Missing:
-    """One thing that a line lacks.
+    """One thing that a line lacks, what follows and how to fix it.
 
-    Args:
-        why: what is missing.
-        effect: what follows.
-        remedy: how to fix it.
-        only_in_pods: whether a run on this machine has it.
+    With `only_in_pods`, a run on this machine has it.
     """
 
     why: str
@@ -64,14 +60,7 @@ class _Cause:
 
 @dataclass(frozen=True)
 class Measurement:
-    """How a run would be measured, as far as it is known beforehand.
-
-    Args:
-        kind: kind of target, one of `GATED_KINDS`.
-        prompts: prompts of a concept, if they are known.
-        extra_metrics: names of the extra metrics that are requested.
-        reference: whether a reference is retrained.
-    """
+    """How a run would be measured, as far as it is known beforehand. `kind` is one of `GATED_KINDS`."""
 
     kind: str
     prompts: Sequence[str] = ()
@@ -84,11 +73,7 @@ def missing_ingredients(
 ) -> list[Missing]:
     """Return what a line lacks to pass a policy, whatever an unlearning run does.
 
-    Args:
-        card: of the model.
-        policy: the gate policy.
-        measurement: the kind of target, and how it would be measured.
-        store: where the image classifier's line is looked up; None: it is assumed to exist.
+    Without a store, the image classifier's line is assumed to exist.
     """
     kind = measurement.kind
     rules = [rule for rule in policy.rules if not rule.targets or kind in rule.targets]
@@ -117,14 +102,7 @@ def missing_ingredients(
 def ingredients_of_line(
     card: Card, policy: Policy, store: FileStore | None = None, measurement: Measurement | None = None
 ) -> list[Missing]:
-    """Return what a line lacks for the kinds of targets that it can forget; each thing once.
-
-    Args:
-        card: of the model.
-        policy: the gate policy.
-        store: where the image classifier's line is looked up.
-        measurement: how a run would be measured, of any kind.
-    """
+    """Return what a line lacks for the kinds of targets that it can forget; each thing once."""
     given = measurement or Measurement("class")
     kinds = [kind for kind in GATED_KINDS if not unforgettable(card, kind)]
     if not kinds:
@@ -136,10 +114,7 @@ def ingredients_of_line(
 def unforgettable(card: Card, kind: str, subjects: bool = True) -> str:
     """Return why no request of a kind can be erased from a model, or an empty text.
 
-    Args:
-        card: of the model.
-        kind: class, samples, subject, concept or random.
-        subjects: whether the data name persons.
+    Kinds: class, samples, subject, concept, random.
     """
     if not isinstance(card, DiffusionCard):
         if kind == "concept":
@@ -252,10 +227,7 @@ def _distances(card: DiffusionCard) -> Iterator[_Cause]:
 def absent_evaluators(card: Card, store: FileStore, *, in_pods: bool) -> list[Missing]:
     """Return what the card of a model names for its evaluation and what cannot be found: a run would fail at its end.
 
-    Args:
-        card: of the model.
-        store: where the image classifier's line is looked up.
-        in_pods: whether the run is in pods, whose folders and files are not known here.
+    Folders and files of pods are not known here.
     """
     if not isinstance(card, DiffusionCard):
         return []

@@ -21,14 +21,9 @@ from salun_core.tasks.task import Task
 
 @dataclass(frozen=True)
 class OpenLine:
-    """A model line that is read once and passed on; each part is read on first use, and verified by its digest.
+    """A model line at one version, by default HEAD; each part is read once, on first use, and verified by its digest.
 
     HEAD may move meanwhile: what this object has read stays that of one version. `again` looks where HEAD is now.
-
-    Args:
-        store: where the line is stored.
-        name: of the line.
-        pinned: digest of the version to read; by default HEAD.
     """
 
     store: FileStore
@@ -81,8 +76,6 @@ class OpenLine:
     def again(self) -> OpenLine:
         """Read HEAD again, and keep what was read of its version if HEAD has not moved.
 
-        Raises:
-            UsageError: the line has no HEAD.
-            IntegrityError: HEAD is damaged.
+        UsageError if there is no HEAD, IntegrityError if it is damaged.
         """
         return self.at(require_head(self.store, self.name).version)

@@ -37,20 +37,10 @@ def make_mask(
     random_seed: int | None = None,
     group: ProcessGroup = SINGLE_PROCESS,
 ) -> SaliencyMask:
-    """Make the mask for a method: from scores, at random, or with every selected weight salient.
+    """Make the mask for a method over all parameters: from scores, at random, or with every selected weight salient.
 
-    Args:
-        task: task of the model.
-        inputs: model, data and forget set.
-        method: name of the method; without mask support, every selected weight is salient.
-        config: configuration of the method.
-        density: share of the selected weights to keep salient, in (0, 1].
-        device: device of the computation.
-        random_seed: seed of a random mask of the same density, as a control.
-        group: the processes that share the scoring.
-
-    Returns:
-        A mask over all parameters; those that are not selected are frozen.
+    Every selected weight is salient if the method takes no mask; weights that are not selected are frozen. `density` is
+    a share of the selected weights, in (0, 1]. `random_seed` draws a random mask of that density, as a control.
     """
     network = inputs.original.network
     shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
@@ -82,12 +72,7 @@ def was_scored(mask: SaliencyMask) -> bool:
 
 
 def read_mask(path: Path | None, inputs: Inputs[ModelT]) -> SaliencyMask | None:
-    """Read a mask, if given, and check that it belongs to this model and forget set.
-
-    Raises:
-        UsageError: the file does not exist.
-        IntegrityError: the mask is damaged, or belongs to another model or forget set.
-    """
+    """Read a mask, if given; IntegrityError if it is damaged or belongs to another model or forget set."""
     if path is None:
         return None
     mask = SaliencyMask.load(path)
@@ -100,27 +85,14 @@ def read_mask(path: Path | None, inputs: Inputs[ModelT]) -> SaliencyMask | None:
 
 
 def used_mask(after: Path, mask: Path | None, run: RunFacts, inputs: Inputs[Any]) -> SaliencyMask | None:
-    """Return the mask outside which weights must be unchanged.
+    """Return the mask outside which weights must be unchanged; None for a method without a mask.
 
     A mask that was given is always compared, whatever facts are missing: a model folder without facts of its run must
     not escape the comparison. Only the full mask that the mask step makes for a method without one restricts nothing.
 
     A search chooses the density, so its mask is in the model folder. It must belong to this model and forget set, match
     the mask in the run facts, and agree with the mask of the mask step, which is computed from the same scores: of two
-    densities, the sparser mask lies within the denser one.
-
-    Args:
-        after: model folder after unlearning.
-        mask: file of the mask step, if any.
-        run: facts of the run that made the model.
-        inputs: the model before and the forget set.
-
-    Returns:
-        The mask; None for a method without a mask.
-
-    Raises:
-        UsageError: the file does not exist.
-        IntegrityError: the mask is another one, is damaged, or contradicts that of the mask step.
+    densities, the sparser mask lies within the denser one. IntegrityError otherwise.
     """
     given = SaliencyMask.load(mask) if mask else None
     if run.density is None and given is not None and given.facts.get("scores") == "none":
@@ -138,9 +110,7 @@ def used_mask(after: Path, mask: Path | None, run: RunFacts, inputs: Inputs[Any]
 def require_nested(first: SaliencyMask, second: SaliencyMask) -> None:
     """Check that two masks can have the same scores: at most a thousandth of the sparser one is outside the other.
 
-    Raises:
-        IntegrityError: the masks cannot have the same scores.
-        ModelError: the masks belong to different models.
+    IntegrityError otherwise; ModelError if they belong to different models.
     """
     first.check_fits(second.shapes)
     sparse, dense = sorted((first, second), key=lambda item: item.k)

@@ -20,14 +20,7 @@ def reference_model(
 ) -> tuple[nn.Module | None, RunFacts]:
     """Return the network of the reference, if requested, and the facts with the seconds of its training.
 
-    Args:
-        task: task of the models.
-        inputs: the model before, its data and the forget set.
-        options: folder of a reference, or whether to retrain one.
-        facts: facts of the run under evaluation.
-
-    Raises:
-        ModelError: the reference has another architecture or of other data, or was trained on the forget set.
+    ModelError as for `check_reference`.
     """
     if options.reference is not None:
         reference = task.load(options.reference)
@@ -50,13 +43,7 @@ def reference_model(
 def check_reference(inputs: Inputs[Any], reference: Model, name: str = "the reference") -> None:
     """Check that a reference can be what the original would be without the forget set.
 
-    Args:
-        inputs: the original model, its data and the forget set.
-        reference: a retrained model.
-        name: what it is called in messages.
-
-    Raises:
-        ModelError: it has another architecture or of other data, or was trained on the forget set.
+    ModelError: it has another architecture or was trained on other data or on the forget set. Messages call it `name`.
     """
     original, remedy = inputs.original, "give a model that was retrained without the forget set: --method retrain"
     if reference.card.architecture != original.card.architecture or _shapes(reference) != _shapes(original):

@@ -28,9 +28,7 @@ AUTO = "auto"
 def read_bytes(uri: str) -> bytes:
     """Read a small document from `s3://bucket/key` or a local file.
 
-    Raises:
-        UsageError: the document does not exist.
-        IntegrityError: the object is too large for a document.
+    IntegrityError if it is too large for a document.
     """
     if not uri.startswith("s3://"):
         path = Path(uri)
@@ -63,12 +61,7 @@ def _plain(data: bytes, uri: str) -> Any:  # noqa: ANN401 - any YAML or JSON val
 
 
 def read_forget(uri: str) -> ForgetSet | list[Target]:
-    """Read a resolved forget set, one target, or a list of targets.
-
-    Raises:
-        UsageError: the document does not exist, or has faults.
-        IntegrityError: a manifest of ids does not match its digest.
-    """
+    """Read a resolved forget set, one target, or a list of targets; IntegrityError if ids do not match their digest."""
     with reported_as(f"{uri} does not exist, or is not a valid forget set"):
         document = read_plain(uri)
         if isinstance(document, dict) and document.get("format") == "salun.forget-set/v1":
@@ -80,12 +73,7 @@ def read_forget(uri: str) -> ForgetSet | list[Target]:
 
 
 def fetched(target: Target) -> Target:
-    """Replace the address of a target's manifest by the ids in it; return other targets unchanged.
-
-    Raises:
-        UsageError: the manifest does not exist.
-        IntegrityError: the manifest does not match its digest.
-    """
+    """Replace the address of a target's manifest by its ids, checked by digest; return other targets unchanged."""
     if not isinstance(target, SamplesTarget) or target.manifest_uri is None:
         return target
     uri = target.manifest_uri
@@ -102,11 +90,7 @@ def fetched(target: Target) -> Target:
 
 
 def check_policy(uri: str) -> None:
-    """Check that a gate policy is valid, before the work that it applies to.
-
-    Raises:
-        UsageError: the policy does not exist, has faults, or uses a metric that is never measured.
-    """
+    """Check a gate policy before the work that it applies to; UsageError also for a metric that is never measured."""
     if uri != AUTO:
         policy = _policy(uri)
         for name in [item.metric for rule in policy.rules for item in (rule, rule.relative_to) if item]:
@@ -120,12 +104,7 @@ def _offered() -> list[str]:
 
 
 def read_policy(uri: str, evidence: Evidence) -> Policy:
-    """Read a gate policy: the name of a built-in one, a file, an object in the store, or `auto`.
-
-    Args:
-        uri: address of the policy; `auto` selects the built-in policy for the kind of model.
-        evidence: evidence to apply it to.
-    """
+    """Read a gate policy: a built-in name, a file, an object in the store, or `auto`, by the kind of model."""
     return _policy(default_policy(evidence) if uri == AUTO else uri)
 
 
@@ -135,12 +114,7 @@ def read_policy_early(uri: str) -> Policy:
 
 
 def policy_for(uri: str, card: Card) -> Policy:
-    """Read a gate policy before there is evidence.
-
-    Args:
-        uri: as for `read_policy`.
-        card: of the model; for `auto`.
-    """
+    """Read a gate policy before there is evidence; `auto` selects by the card."""
     if uri != AUTO:
         return _policy(uri)
     if not isinstance(card, DiffusionCard):
@@ -149,11 +123,7 @@ def policy_for(uri: str, card: Card) -> Policy:
 
 
 def policy_digest(uri: str) -> str | None:
-    """Return the digest of a policy, which a run is held to; None for `auto`, which comes with the code.
-
-    Raises:
-        UsageError: the policy does not exist, or has faults.
-    """
+    """Return the digest of a policy, which a run is held to; None for `auto`, which comes with the code."""
     return None if uri == AUTO else _policy(uri).digest
 
 
@@ -163,17 +133,9 @@ def _policy(uri: str) -> Policy:
 
 @contextmanager
 def model_folder(reference: str, store_uri: str | None = None) -> Iterator[Path]:
-    """Yield a local folder that contains a model.
+    """Yield a local folder that contains a model; a downloaded one is removed afterwards.
 
-    Args:
-        reference: a folder; `line` or `line@version` in the store; or `s3://bucket/prefix/line@version`.
-        store_uri: store of the model lines.
-
-    Yields:
-        The folder; a downloaded one is removed afterwards.
-
-    Raises:
-        UsageError: the model does not exist.
+    The reference is a folder; `line` or `line@version` in the store; or `s3://bucket/prefix/line@version`.
     """
     if Path(reference).is_dir():
         yield Path(reference)

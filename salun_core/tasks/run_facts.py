@@ -38,16 +38,7 @@ def facts_of_run(
     tuned: TunedRun | None = None,
     architecture: str = "",
 ) -> RunFacts:
-    """Describe a run.
-
-    Args:
-        forget_samples: number of samples that a mask was scored on.
-        result: result of the method.
-        mask: mask of the mask step; None for a method without a mask.
-        processes: number of processes that shared the work.
-        tuned: the search, if the settings were searched for.
-        architecture: of the model; it may be a plug-in.
-    """
+    """Describe a run; `forget_samples` are those that a mask was scored on, and `architecture` may name a plug-in."""
     used = tuned.mask if tuned else mask
     scored = result.config.scoring_passes * forget_samples if mask and was_scored(mask) else 0
     return RunFacts(

@@ -60,13 +60,7 @@ ModelT = TypeVar("ModelT", bound=Model, covariant=True)
 
 @dataclass(frozen=True)
 class Inputs(Generic[ModelT]):
-    """A model with its data and its forget set, checked against each other.
-
-    Args:
-        original: the model before unlearning.
-        data: rows, checked against the model's split manifest; None for a model without data.
-        forget_set: resolved against the same split.
-    """
+    """A model, its rows (None without data) and its forget set, both checked against the model's split."""
 
     original: ModelT
     data: LoadedData | None
@@ -109,12 +103,7 @@ class Inputs(Generic[ModelT]):
         )
 
     def measured(self, candidate: Candidate, reference: nn.Module | None) -> Measured:
-        """Return the digests of everything that an evaluation measures.
-
-        Args:
-            candidate: the model after.
-            reference: network of a model that was retrained without the forget set.
-        """
+        """Return the digests of everything that an evaluation measures, including a retrained network, if given."""
         return Measured(
             before=self.original.digest,
             after=candidate.model.digest,
@@ -138,13 +127,7 @@ class Inputs(Generic[ModelT]):
 
 @dataclass(frozen=True)
 class Candidate:
-    """The unlearned model and its provenance.
-
-    Args:
-        model: the model.
-        facts: facts of its run.
-        mask: mask of its run; None if its method has no mask.
-    """
+    """The unlearned model and its provenance; `mask` is None if its method has no mask."""
 
     model: Any
     facts: RunFacts
@@ -152,12 +135,7 @@ class Candidate:
 
 
 class Scores(NamedTuple):
-    """Saliency of the parameters that may change.
-
-    Args:
-        values: by parameter name.
-        facts: provenance for the mask.
-    """
+    """Saliency of the parameters that may change, by name, and provenance for the mask."""
 
     values: dict[str, Tensor]
     facts: dict[str, str]
@@ -191,13 +169,9 @@ class TuningOptions:
 
 @dataclass(frozen=True)
 class TunedRun:
-    """A model with tuned settings.
+    """A model with tuned settings; `seconds` and `passes` of the result cover the whole search.
 
-    Args:
-        result: model, configuration and history; seconds and passes cover the whole search.
-        mask: mask of its training, with provenance; None for a method without a mask.
-        facts: entries for the facts of the run.
-        extra_files: files for the model folder: trials and mask.
+    `extra_files` are trials and mask, for the model folder. `mask` is None for a method without a mask.
     """
 
     result: UnlearnResult
@@ -383,14 +357,9 @@ class Task(Protocol[InputsT]):
 
 
 def named(task: Task[Any], recipe: Recipe, *, tune: bool = False) -> Recipe:
-    """Return a recipe that names its method.
+    """Return a recipe that names its method, where it may be `default`.
 
     The default of a search is `salun`: a method that chooses its own strength has nothing to search for.
-
-    Args:
-        task: task of the model; it has a default method.
-        recipe: its method may be `default`.
-        tune: whether the settings that are open are searched for.
     """
     method = "salun" if tune else task.default_method
     return recipe.model_copy(update={"method": method}) if recipe.method == DEFAULT_METHOD else recipe
@@ -399,13 +368,7 @@ def named(task: Task[Any], recipe: Recipe, *, tune: bool = False) -> Recipe:
 def check_recipe(task: Task[Any], recipe: Recipe, *, tune: bool) -> Recipe:
     """Check the method of a recipe and its settings, before any work, and return it with its method by name.
 
-    Args:
-        task: task of the model.
-        recipe: method and settings.
-        tune: whether the settings that are open are searched for.
-
-    Raises:
-        UsageError: an unknown method, invalid settings, or a recipe that leaves the method open without a search.
+    UsageError: also if it leaves the method open without a search.
     """
     recipe = named(task, recipe, tune=tune)
     if not recipe.leaves_method_open:

@@ -15,13 +15,7 @@ _QUANTILES = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of one metric, theirs minus ours, paired by seed, in points.
-
-    Args:
-        ours: mean.
-        theirs: mean.
-        values: one per seed.
-    """
+    """Of one metric, theirs minus ours, paired by seed, in points. `values` has one per seed."""
 
     ours: float
     theirs: float
@@ -60,12 +54,7 @@ def best(cells: Mapping[str, Any], prefix: str) -> tuple[str, Mapping[str, Seque
 
 
 def differences(cells: Mapping[str, Any], what: str) -> dict[str, Difference]:
-    """Compare both sides of one method, each at its best rate, by metric.
-
-    Args:
-        cells: of one difference, lists by variant and metric.
-        what: the method, as in the variants' names after the side.
-    """
+    """Compare both sides of one method, each at its best rate, by metric; cells hold lists by variant and metric."""
     (_, ours), (_, theirs) = best(cells, f"ours {what}"), best(cells, f"theirs {what}")
     return {
         metric: Difference(

@@ -33,9 +33,7 @@ def gradients_of(model: nn.Module, images: ImageSet) -> Iterator[Tensor]:
 def exact_product(gradients: Tensor, vector: Tensor) -> Tensor:
     """Return (I + 1/N Σ g g^T)^-1 v through the N x N system, in float64.
 
-    Args:
-        gradients: [N, weights].
-        vector: v, [weights].
+    gradients: [N, weights]; vector: v, [weights].
     """
     count = len(gradients)
     system = count * torch.eye(count, dtype=gradients.dtype) + gradients @ gradients.T
@@ -46,8 +44,7 @@ def exact_product(gradients: Tensor, vector: Tensor) -> Tensor:
 def distances(stage: Stage) -> dict[str, float]:
     """Compare both products, and how each moves v, with the exact ones for the same 200 images.
 
-    Returns:
-        By side: cosine to the exact product, cosine of the corrections k - v, and their relative error.
+    By side: cosine to the exact product, cosine of the corrections k - v, and their relative error.
     """
     context = stage.context("influence", influence_samples=EXACT_IMAGES)
     model = copy.deepcopy(stage.base)

@@ -37,12 +37,7 @@ GRIDDED = ("salun",)
 
 @dataclass(frozen=True)
 class Measured:
-    """Result of one difference on one seed.
-
-    Args:
-        cells: by variant: ratios.
-        facts: by name.
-    """
+    """Result of one difference on one seed: ratios by variant, and facts by name."""
 
     cells: dict[str, Cell] = field(default_factory=dict)
     facts: dict[str, float] = field(default_factory=dict)

@@ -25,13 +25,7 @@ def percent(values: Sequence[float], digits: int = 0) -> str:
 
 
 def summary(found: Found, what: str, sides: tuple[str, str] = ("here", "there")) -> str:
-    """Summarise the comparison of one method, each side at its best rate.
-
-    Args:
-        found: of one difference.
-        what: the method in the variants' names.
-        sides: names of ours and theirs.
-    """
+    """Summarise the comparison of one method, each side at its best rate."""
     values = differences(found["cells"], what)
     gap, count = values["gap"], len(values["gap"].values)
     clear = ", ".join(f"{metric} {value}" for metric, value in values.items() if value.seen and value is not gap)
@@ -215,15 +209,9 @@ QUOTED: dict[str, Callable[[Found], str]] = {"restored": restored, "mask": mask}
 
 
 def filled(text: str, document: Found, quoted: bool = True) -> str:
-    """Return the page with each effect between its markers.
+    """Return the page with each effect between its markers; SystemExit if the page has no place for one.
 
-    Args:
-        text: of the page.
-        document: what was measured.
-        quoted: whether to fill in what other scripts measured, too.
-
-    Raises:
-        SystemExit: the page has no place for one.
+    `quoted` also fills in what other scripts measured.
     """
     for name, effect in (EFFECTS | (QUOTED if quoted else {})).items():
         pattern = re.compile(rf"(<!-- {name} -->).*?(<!-- /{name} -->)")

@@ -46,12 +46,7 @@ def by_content(images: ImageSet, table: Table) -> ImageSet:
 
 
 def images_of(folder: Path, side: int) -> tuple[ImageSet, ImageSet]:
-    """Load the pool that splits are drawn from, and the test images.
-
-    Args:
-        folder: with train.parquet and test.parquet.
-        side: in pixels, to scale to.
-    """
+    """Load the pool that splits are drawn from, and the test images, scaled to `side` pixels, from Parquet."""
     spec = DataSpec(
         source=str(folder / "train.parquet"),
         test_source=str(folder / "test.parquet"),
@@ -68,11 +63,7 @@ def images_of(folder: Path, side: int) -> tuple[ImageSet, ImageSet]:
 class Stage:
     """One seed, ready to measure: nine tenths of the pool are the training split, a tenth of these is D_f.
 
-    Args:
-        pool: images that splits are drawn from.
-        test: unseen images.
-        seed: of split, models and methods.
-        folder: where models and measurements are kept; what is there is not made again.
+    `folder` keeps models and measurements; what is there is not made again.
     """
 
     def __init__(self, pool: ImageSet, test: ImageSet, seed: int, folder: Path) -> None:

@@ -119,15 +119,9 @@ def shrink_with_true_labels(context: ClassifierContext, generator: torch.Generat
 
 
 def one_running_vector(gradients: Iterable[Tensor], vector: Tensor, count: int) -> Tensor:
-    """Return v, corrected along the first gradient alone.
+    """Return v, corrected along the first gradient o alone; gradients are those of single images, flat, and count is N.
 
-    Args:
-        gradients: of single images, flat; the first gives the direction o.
-        vector: v.
-        count: N.
-
-    Returns:
-        k: for each further gradient g, k loses (k·g) / (N + o·g) times o, and o shrinks by N / (N + o·g).
+    For each further gradient g, k loses (k·g) / (N + o·g) times o, and o shrinks by N / (N + o·g).
     """
     product, running = vector.clone(), None
     for gradient in gradients:

@@ -30,17 +30,7 @@ if TYPE_CHECKING:
 def evaluate(
     task: ClassificationTask, inputs: ClassifierInputs, candidate: Candidate, options: EvaluationOptions
 ) -> Evidence:
-    """Measure a classifier before and after unlearning, and a retrained one if requested.
-
-    Args:
-        task: the task.
-        inputs: the model before, its data and the forget set.
-        candidate: the model after.
-        options: device, reference, optional metrics.
-
-    Raises:
-        UsageError: the requirements of an optional metric are not met.
-    """
+    """Measure a classifier before and after unlearning, and a retrained one if requested."""
     asked = options.optional_metrics
     require_reference(asked, options.retrain or options.reference is not None)
     seen = compared(task, inputs, candidate, options)
@@ -62,13 +52,9 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Compared:
-    """The models of an evaluation and their outputs.
+    """The models of an evaluation (before, after, perhaps reference), and the outputs of each on each split.
 
-    Args:
-        models: by name: before, after, perhaps reference.
-        splits: the images that are measured.
-        outputs: of each model on each split.
-        facts: of the run, with the seconds of the reference's training.
+    The facts include the seconds of the reference's training.
     """
 
     models: dict[str, nn.Module]

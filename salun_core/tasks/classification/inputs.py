@@ -21,11 +21,7 @@ class ClassifierInputs(Inputs[LoadedModel]):
 
     @cached_property
     def forget(self) -> ImageSource:
-        """D_f with true labels.
-
-        Raises:
-            ModelError: image size or classes differ from the model's.
-        """
+        """D_f with true labels; ModelError if image size or classes differ from the model's."""
         return self._checked(self.data.forget(self.forget_set, self.original.normalisation))
 
     @cached_property

@@ -30,14 +30,7 @@ RECIPE = {"epochs": 30, "learning_rate": 0.1, "schedule": "cosine", "batch_size"
 
 @dataclass(frozen=True)
 class Made:
-    """A new model folder.
-
-    Args:
-        digest: digest of the weights.
-        train_accuracy: accuracy on the training split, as a ratio.
-        test_accuracy: accuracy on the test split, as a ratio.
-        facts: what was recognised in an imported checkpoint, for people.
-    """
+    """A new model folder: digest of the weights, accuracies as ratios, and what an import recognised."""
 
     digest: str
     train_accuracy: float
@@ -54,9 +47,7 @@ class Made:
 def training_config(overrides: Mapping[str, Any] | None = None) -> UnlearnConfig:
     """Resolve the configuration of a training: the recipe above, then the user's overrides.
 
-    Raises:
-        UsageError: an unknown key, a value out of range (the message lists all faults), or a setting that a training
-            does not have.
+    UsageError lists all faults.
     """
     config = parse(UnlearnConfig, {**RECIPE, **(overrides or {})}, "configuration of the training")
     if config.batch_norm == "freeze":
@@ -76,16 +67,7 @@ def train_model(
 ) -> Made:
     """Split a data set, train a classifier on the training split, and write the model folder.
 
-    Args:
-        spec: the data.
-        architecture: a name for `build_classifier`.
-        config: loop configuration, with `batch_norm: update`.
-        out: folder to write.
-        checkpoint: stores the state after each epoch.
-        on_epoch: called after each epoch.
-
-    Returns:
-        Digest and accuracies.
+    `config` needs `batch_norm: update`.
     """
     data = load_data(spec)
     train = data.images("train")
@@ -103,25 +85,12 @@ def import_model(
     classes: Sequence[str] = (),
     key: str | None = None,
 ) -> Made:
-    """Convert a foreign classifier to a model folder.
+    """Convert a foreign classifier, a checkpoint or a folder with one, to a model folder; `out=None` writes nothing.
 
-    Args:
-        path: a checkpoint, or a folder with one (see `read_checkpoint`).
-        spec: data set of its training; set `validation_fraction: 0` if no validation data were held out.
-        architecture: a name for `build_classifier`; None infers it from the tensors.
-        out: folder to write; None writes nothing.
-        mean: mean of its training normalisation, by channel. Default: what the checkpoint's documents say, or else
-            what is measured on the training split.
-        std: standard deviation of the same normalisation, by channel.
-        classes: class names in the order of the model's outputs. Default: what the checkpoint's documents say.
-        key: the wrapper to open, if a file has several.
-
-    Returns:
-        Digest, accuracies and what was recognised. Check the accuracies: they reveal a wrong normalisation or split.
-
-    Raises:
-        ModelError: the checkpoint does not fit an architecture or the data, or the normalisation does not fit the
-            channels.
+    Set `validation_fraction: 0` in the spec if no validation data were held out. By default the architecture is
+    inferred from the tensors, and mean and std (by channel) and the class names (in the order of the outputs) come from
+    the checkpoint's documents; without documents, the normalisation is measured on the training split. `key` is the
+    wrapper to open, if a file has several. Check the accuracies: they reveal a wrong normalisation or split.
     """
     checkpoint = read_checkpoint(path, key)
     spec = spec if spec.size else spec.model_copy(update={"size": size_of(checkpoint)})
@@ -197,19 +166,10 @@ def _check_outputs(model: nn.Module, train: ImageSource, num_classes: int, archi
 
 
 def _ordered(data: LoadedData, names: list[str], given: bool, origin: str) -> tuple[LoadedData, dict[str, object]]:
-    """Number the classes of the data as the model does.
+    """Number the classes of the data as the model does, and return a remark if that order is uncertain.
 
-    Args:
-        data: the data, whose classes are numbered in an order of their own.
-        names: class names in the order of the model's outputs; empty if they are not known.
-        given: whether the user gave the names.
-        origin: the document that the names come from otherwise.
-
-    Returns:
-        The data in the model's order, and a remark if the order is uncertain.
-
-    Raises:
-        ModelError: the data cannot be numbered in this order.
+    `names` has the order of the outputs, and is empty if they are not known. `origin` is the document that they come
+    from unless the user gave them. ModelError if the data cannot be numbered in this order.
     """
     current = list(data.table.classes)
     if not names or names == current:

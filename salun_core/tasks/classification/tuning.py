@@ -53,23 +53,9 @@ def search(
 ) -> TunedRun:
     """Search for the settings of a method, or for a method and its settings.
 
-    The scores are computed once, as in the mask step, and give the masks of all densities. The search does not use the
-    test data.
-
-    Args:
-        task: scores the model.
-        inputs: the original model, its data and the forget set.
-        method: a key of `METHODS`, several with commas between them, or `auto`.
-        overrides: fixed settings of the user; their `epochs` is the maximum number of epochs.
-        options: budget and policy.
-
-    Returns:
-        The model and all trials.
-
-    Raises:
-        UsageError: a wrong method or configuration, a budget too small, or a split without validation samples.
-        GateRefusedError: no setting satisfies the policy.
-        ModelError: the search has no policy, and no trial gave a model.
+    `method` may name several with commas between them, or `auto`; `epochs` of the overrides is the maximum. The scores
+    are computed once, as in the mask step, and give the masks of all densities. The search does not use the test data.
+    GateRefusedError if no setting satisfies the policy; ModelError if there is no policy and no trial gave a model.
     """
     network = inputs.original.model
     normalised = any(isinstance(module, _BatchNorm) for module in network.modules())
@@ -158,9 +144,7 @@ def _sets(inputs: ClassifierInputs, device: torch.device) -> Sets:
 class PolicyConstraint:
     """Checks a trial's metrics against the policy rules that held-out data can decide.
 
-    Args:
-        policy: policy with the rules; None allows everything.
-        forgotten: description of the forget set, because rules may apply to some kinds only.
+    Without a policy all is allowed.
     """
 
     policy: Policy | None
@@ -180,8 +164,7 @@ class PolicyConstraint:
     def of(cls, inputs: ClassifierInputs, uri: str | None) -> PolicyConstraint:
         """Read the policy; without an address, everything is allowed.
 
-        Raises:
-            UsageError: the policy does not exist, or has faults.
+        UsageError if the policy does not exist or has faults.
         """
         own = cls(load_policy("classifier") if uri else None, inputs.forgotten())
         return own if uri in (AUTO, None) else cls(read_policy(uri, own.evidence({})), own.forgotten)

@@ -42,18 +42,7 @@ if TYPE_CHECKING:
 def evaluate(
     task: DiffusionTask, inputs: DiffusionInputs, candidate: Candidate, options: EvaluationOptions
 ) -> Evidence:
-    """Evaluate a diffusion model against the original, with the classifier and the metrics on the model card.
-
-    Args:
-        task: the task.
-        inputs: the model before, its data and the forget set.
-        candidate: the model after.
-        options: device, reference, and the store of the image classifier's model line.
-
-    Raises:
-        UsageError: the image classifier cannot be found.
-        ModelError: the models do not fit each other, or an image is not finite.
-    """
+    """Evaluate a diffusion model against the original, with the classifier and the metrics on the model card."""
     require_same_parts(inputs.original, candidate.model)
     named = inputs.card.evaluation.judge
     with ExitStack() as stack:
@@ -70,17 +59,9 @@ def measure(
     device: torch.device,
     reference: nn.Module | None = None,
 ) -> Evidence:
-    """Generate with both models from the same seeds and evaluate the images.
+    """Generate with both models, and perhaps a reference, from the same seeds and evaluate the images.
 
-    Args:
-        inputs: the model before, its data, the forget set.
-        candidate: the model after.
-        evaluators: image classifier, extractor and detectors.
-        device: device of the computation.
-        reference: network of a model that was trained without the forget set.
-
-    Raises:
-        ModelError: the models do not fit each other, or an image is not finite.
+    ModelError if the models do not fit each other, or an image is not finite.
     """
     family, own, card = inputs.family(device), family_of(candidate.model, device), inputs.card
     before, after = family.denoiser, own.denoiser
@@ -122,10 +103,7 @@ def measure(
 def plan_of(inputs: DiffusionInputs, judge: ImageClassifier | None, sampler: Sampler) -> SamplingPlan:
     """Choose the rows to sample: all classes that the model still knows, and all named prompts.
 
-    Args:
-        inputs: model and forget set.
-        judge: image classifier; its classes are matched by name.
-        sampler: provides the sampling settings.
+    The judge's classes are matched by name.
     """
     card, settings = inputs.card, inputs.card.evaluation
     gone = forgotten_prompts(card, inputs.forget_set)
@@ -167,14 +145,10 @@ def _judged(label: int | None, ours: Sequence[str], names: Sequence[str]) -> int
 
 
 def held_out_images(inputs: DiffusionInputs) -> tuple[Tensor, list[int], int] | None:
-    """Return held-out images of the model's size: first those of the classes to keep, then of the others.
+    """Return held-out images of the model's size, their classes, and how many are of classes to keep.
 
-    Args:
-        inputs: the model with its data and the forget set.
-
-    Returns:
-        uint8 [N, C, H, W], the class of each image, and the number of images to keep; None without data. Of either
-        part there are at most as many as the model card sets.
+    None without data. uint8 [N, C, H, W], first those to keep. Of either part there are at most as many as the model
+    card sets.
     """
     data, card = inputs.data, inputs.card
     if data is None:
@@ -189,13 +163,9 @@ def held_out_images(inputs: DiffusionInputs) -> tuple[Tensor, list[int], int] | 
 def calibrated(
     card: DiffusionCard, classifier: ImageClassifier, images: Tensor, labels: Sequence[int]
 ) -> Calibration | None:
-    """Calibrate the image classifier on the held-out images of the classes that it knows; None with too few of them.
+    """Calibrate the image classifier on held-out images of the classes that it knows; None with too few of them.
 
-    Args:
-        card: of the model, with its classes.
-        classifier: the image classifier.
-        images: uint8 [N, C, H, W].
-        labels: the model's class of each image.
+    images: uint8 [N, C, H, W]; labels: the model's classes.
     """
     judged = [_judged(label, card.classes, classifier.classes) for label in labels]
     known = [(place, label) for place, label in enumerate(judged) if label is not None]
@@ -205,15 +175,7 @@ def calibrated(
 
 
 def evaluators_of(inputs: DiffusionInputs, judge: Path | None) -> Evaluators:
-    """Load the image classifier, extractor and detectors on the model card.
-
-    Args:
-        inputs: the model with its evaluation settings.
-        judge: folder of the image classifier.
-
-    Raises:
-        UsageError: an item on the card does not exist.
-    """
+    """Load the image classifier, extractor and detectors on the model card. `judge` is the classifier's folder."""
     from salun_core.evaluation.clip_score import ClipScorer
     from salun_core.evaluation.image_features import classifier_extractor, inception_extractor
     from salun_core.evaluation.nudity import NudityDetector
@@ -238,11 +200,9 @@ def evaluators_of(inputs: DiffusionInputs, judge: Path | None) -> Evaluators:
 
 
 def require_same_parts(original: LoadedDiffusion, candidate: LoadedDiffusion) -> None:
-    """Check that only the denoiser changed, and the weights of the text encoder if the original's card allows it.
+    """Check that only the denoiser changed, and the text encoder's weights if the original's card allows it.
 
-    Raises:
-        ModelError: a file of another component differs, is missing or was added, or the candidate's card allows what
-            the original's does not.
+    The candidate's card must not allow what the original's does not. ModelError otherwise.
     """
     allowed = original.card.trainable_text_encoder
     if candidate.card.trainable_text_encoder != allowed:  # otherwise a child could grant itself what its parent lacks

@@ -24,16 +24,7 @@ def build_example_sets(
 ) -> ExampleSets:
     """Convert images and prompts to the inputs of a method; VAE and text encoders run only here.
 
-    Args:
-        inputs: model, data and forget set.
-        config: settings of the pseudo conditions and the number of retained examples.
-        device: device of the encoders and the sets.
-        retain: whether to build examples to keep; scoring does not need them.
-
-    Raises:
-        UsageError: a class has no anchor, there is no other class to replace it, or the text encoder is to be trained
-            and the model card does not allow it.
-        DataError: there are no examples to keep.
+    Scoring needs no examples to keep (`retain=False`); otherwise DataError if there are none.
     """
     family = inputs.family(device)
     encoder = family.text_encoder(inputs.rows.names) if config.selection == "text" else None  # refuses before any work

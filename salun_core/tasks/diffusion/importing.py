@@ -33,13 +33,7 @@ _EVALUATION = DiffusionEvaluation()
 
 @dataclass(frozen=True)
 class MadeDiffusion:
-    """A new model folder of a diffusion model.
-
-    Args:
-        digest: digest of the model.
-        parameters: number of weights of the denoiser.
-        loss: training loss of the last epoch; None for an import.
-    """
+    """A new model folder of a diffusion model; `loss` is that of the last epoch of training, None for an import."""
 
     digest: str
     parameters: int
@@ -58,20 +52,8 @@ def import_diffusion(
 ) -> MadeDiffusion:
     """Copy a diffusers folder to a model folder after checks: safetensors only, supported classes only.
 
-    Args:
-        source: the folder, or the name of a hub repository in the local cache.
-        spec: data set for training and unlearning; None if the images are generated.
-        out: folder to write.
-        prompt: prompt for the images of a class.
-        evaluation: evaluation settings.
-        classes: class names by id, for a model without data.
-        hub: whether a missing hub repository may be downloaded.
-        trainable_text_encoder: whether methods may train the text encoder.
-
-    Raises:
-        UsageError: the folder does not exist or is rejected (see `check_folder`), or has no single CLIP text encoder
-            to train.
-        ModelError: a component does not fit its configuration, or is not supported.
+    `source` is the folder, or a hub repository in the local cache; `hub` permits its download. `spec` is None if the
+    images are generated; `classes` are then the names by id. `trainable_text_encoder` needs a single CLIP text encoder.
     """
     refuse_pickle(Path(source))
     found = Path(source) if Path(source).exists() else cached(source, hub)
@@ -92,15 +74,7 @@ def import_diffusion(
 
 
 def cached(name: str, fetch: bool = False) -> Path:
-    """Return the folder of a repository in the hub's local cache.
-
-    Args:
-        name: `owner/name`.
-        fetch: whether a missing repository may be downloaded.
-
-    Raises:
-        UsageError: the repository is not available.
-    """
+    """Return the folder of a repository (`owner/name`) in the hub's local cache; `fetch` downloads a missing one."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -176,9 +150,7 @@ def card_of(
 ) -> DiffusionCard:
     """Build the card of a diffusers folder from its configuration.
 
-    Raises:
-        UsageError: the classes or the prompt do not fit (the message lists all faults).
-        ModelError: the denoiser's configuration has no size.
+    UsageError lists all faults of classes and prompt.
     """
     kind = type(model.network).__name__
     channels, height, width = _size(model)

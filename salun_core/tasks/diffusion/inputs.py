@@ -19,12 +19,7 @@ from salun_core.tasks.task import Inputs
 
 @dataclass(frozen=True)
 class Rows:
-    """Names of the conditions by row.
-
-    Args:
-        names: class names or prompts.
-        classes: number of leading rows that are the model's classes, in their order.
-    """
+    """Names of the conditions by row; the first `classes` rows are the model's classes, in their order."""
 
     names: Sequence[str]
     classes: int
@@ -42,12 +37,7 @@ def class_names(card: DiffusionCard) -> list[str]:
 def rows_of(card: DiffusionCard, forget_set: ForgetSet) -> Rows:
     """Collect all conditions of a run: for training and for the images of the evaluation.
 
-    Args:
-        card: provides the model's classes, its prompt and the evaluation's own prompts.
-        forget_set: forgotten classes and concepts.
-
-    Raises:
-        UsageError: a concept for a model without prompts, or a concept whose anchor is forgotten too.
+    UsageError: a concept for a model without prompts, or one whose anchor is forgotten too.
     """
     classes = class_names(card)
     if forget_set.concepts and card.task == "class-conditional":

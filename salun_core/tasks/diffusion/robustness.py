@@ -28,11 +28,9 @@ _POINTS = 4
 
 @dataclass(frozen=True)
 class RobustnessResult:
-    """Robustness metrics after unlearning.
+    """Robustness metrics after unlearning, those that the model card requests.
 
-    Args:
-        metrics: UA_relearned, unattacked_success and attack_success, if the model card requests them.
-        resurgence: UA by number of fine-tuning steps.
+    `resurgence` is UA by fine-tuning steps.
     """
 
     metrics: dict[str, Metric] = field(default_factory=dict)
@@ -43,12 +41,7 @@ class RobustnessResult:
 class ImageGenerator:
     """Generates the images of a sampling plan with any denoiser under the conditions of one model.
 
-    Args:
-        inputs: provides conditions and settings.
-        family: family of the model; its text encoder may be a trained one.
-        table: conditions of the run, from that text encoder.
-        sampler: provides the sampling settings.
-        plan: rows and seeds.
+    The conditions come from the family's text encoder, which may be a trained one.
     """
 
     inputs: DiffusionInputs
@@ -82,14 +75,7 @@ def measure_robustness(
 ) -> RobustnessResult:
     """Run the tests on the model card: `relearn_steps` of fine-tuning, `attack_steps` of a prompt search.
 
-    Args:
-        before: generates images of the original.
-        classifier: recognises the forgotten rows.
-        after: generates images of the unlearned model; the call does not change it.
-        device: device of the computation.
-
-    Raises:
-        UsageError: an attack on a model whose condition is not a single CLIP text encoder.
+    The call does not change the models. An attack needs a single CLIP text encoder (UsageError).
     """
     settings, plan = before.inputs.card.evaluation, before.plan
     labels = {row: label for row in plan.forgotten if (label := plan.labels[row]) is not None}
@@ -141,13 +127,10 @@ def _attacked(
     after: ImageGenerator,
     sets: ExampleSets,
 ) -> dict[str, Metric]:
-    """Measure how often the forgotten prompts show what was forgotten: as they are, and attacked.
+    """Measure how often the forgotten prompts show what was forgotten, unattacked and attacked, before and after.
 
     Each model is attacked with words that are searched for against itself. The figure of the model before shows what
     the attack achieves where nothing was forgotten.
-
-    Returns:
-        `unattacked_success` and `attack_success`, before and after, in images of the same seeds.
     """
     seen: dict[str, dict[str, Tensor]] = {"unattacked_success": {}, "attack_success": {}}
     for model, generator in (("before", before), ("after", after)):
