@@ -89,7 +89,6 @@ class TableResolver:
         fetch: Callable[[Target], Target] = lambda target: target,
     ) -> None:
         self._table, self._split, self._task, self._fetch = table, split, task, fetch
-        self._targets: dict[str, Target] = {}  # by the id of the request: fetched and checked once
 
     @property
     def train_count(self) -> int:
@@ -101,7 +100,7 @@ class TableResolver:
 
         AmbiguousTargetError if it names a class by a value that may mean two classes.
         """
-        target = self._target(request)
+        target = self._fetch(request.target)
         found = self._forget_set([target])
         named = len(target.ids or ()) if isinstance(target, SamplesTarget) else len(found.ids)
         concepts = frozenset(concept.pseudo_id for concept in found.concepts)
@@ -116,16 +115,10 @@ class TableResolver:
 
     def freeze_forget_set(self, requests: Sequence[DeletionRequest]) -> bytes:
         """Return the forget set of all requests together, as canonical JSON."""
-        return self._forget_set([self._target(request) for request in requests]).canonical()
-
-    def _target(self, request: DeletionRequest) -> Target:
-        if request.id not in self._targets:
-            target = self._fetch(request.target)
-            self._task.check_targets([target])
-            self._targets[request.id] = target
-        return self._targets[request.id]
+        return self._forget_set([self._fetch(request.target) for request in requests]).canonical()
 
     def _forget_set(self, targets: Sequence[Target]) -> ForgetSet:
+        self._task.check_targets(targets)
         known = [found for target in targets if (found := self._without_unknown_ids(target)) is not None]
         return resolve_forget(known, self._table, self._split)
 

@@ -319,7 +319,7 @@ def office(server, monkeypatch, tmp_path):
     return Office(server, monkeypatch, tmp_path)
 
 
-QUICK = json.dumps({"recipe": "fixed", "epochs": 1, "learning_rate": 0.0005})
+QUICK = json.dumps({"epochs": 1, "learning_rate": 0.0005})
 
 
 def sweep_in_pods(office, line, run, form, report):
@@ -366,7 +366,7 @@ def test_each_role_does_its_work_by_the_verbs_that_people_and_pods_call(settles,
     assert "queued" in office.salun("submitter", "request", "show", request)
 
     form = {"store_uri": office.uri, "model_line": line, "policy_uri": str(images / "policy.json"), "min_requests": 1}
-    form |= {"method_config": QUICK}
+    form |= {"method": "salun", "method_config": QUICK}
     report = str(office.folder / "report.html")
     if settles == "sweeper":
         assert steps.sweep_compact(office.pod("sweeper", line, run), form, report, f"{report}.md")[0] == 0

@@ -56,7 +56,7 @@ def test_what_the_line_will_lack_is_said_before_training(app, tmp_path, monkeypa
     arguments = ["train", "ddpm", "--data", "digits", "--out", tmp_path / "m", "--evaluation", "images_per_class=20"]
     found = _run(app, *arguments)
     assert found.exception.args == ("training began",)
-    lacking = "UA, RA, restored, FID and none_of_these"
+    lacking = "UA, RA, restored, none_of_these and FID"
     assert f"warning: the line has no image classifier, so {lacking} cannot be measured" in found.stderr
     found = _run(app, *arguments, "--judge", "judges@123456")
     assert (
