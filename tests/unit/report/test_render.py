@@ -139,6 +139,12 @@ def test_each_rule_has_threshold_margin_and_result(page):
     assert next(row for row in rows if row[0].startswith("Test accuracy"))[6] == "no rule"
 
 
+def test_a_rule_that_one_sample_decides_says_so(evidence, decision, context):
+    close = [item.model_copy(update={"close": item.rule == "RA >="}) for item in decision.verdicts]
+    shown = Page(render_report(evidence, decision.model_copy(update={"verdicts": close}), context))
+    assert [any("by less than one sample" in cell for cell in row) for row in shown.rows].count(True) == 1
+
+
 def test_the_banner_shows_passed_with_the_number_of_checks(page, text, decision):
     assert page.texts["strong"] == ["PASSED"]
     assert ("div", {"class": "banner passed", "role": "status"}) in page.tags
